@@ -1,0 +1,1 @@
+"""fxfusion: fuse independently trained networks with optimal transport, for any traceable model."""

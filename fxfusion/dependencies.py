@@ -1,0 +1,114 @@
+"""Dependencies between spaces: where an inner space may move differently for each unit of an outer one.
+
+Below a head, head_dim may be permuted differently from head to head exactly where
+
+1. every tensor that holds the inner space also holds the outer one, paired with it, and
+2. no operator mixes over the outer space while it keeps the inner one in place.
+
+The same two conditions give per-group channels, per-expert hidden units, and query heads per key head,
+and rightly refuse a parameter that all heads share. (In group theory: a wreath product.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from fxfusion.axes import Axis, Leaf, leaves_of, resolve
+from fxfusion.inference import Inferred
+from fxfusion.layout import tensor_blocks
+
+_Occurrences = list[tuple[Leaf, int]]  # leaf and the axis it lies in, in order
+
+
+def dependencies(inferred: Inferred, held: frozenset[Leaf]) -> dict[Leaf, tuple[Leaf, ...]]:
+    """Return for every free leaf the leaves on whose units its permutation may depend, outermost first.
+
+    Parameters
+    ----------
+    inferred : Inferred
+    held : frozenset of Leaf
+        The leaves that parameters hold: only on those can a transport depend.
+
+    Returns
+    -------
+    dict of Leaf to tuple of Leaf
+    """
+    outer: dict[Leaf, set[Leaf]] = {}
+    rank: dict[Leaf, int] = {}
+    seen: set[tuple[int, ...]] = set()
+    for axes in [*inferred.parameters.values(), *inferred.tensors.values()]:
+        relevant = _relevant(axes)
+        if relevant and _first(relevant, seen):
+            for block in _blocks(relevant):
+                _hold(block, outer, rank)
+    seen = set()
+    for mix in inferred.context.records.mixes:
+        kept, mixed = _relevant(mix.kept), _relevant(mix.mixed)
+        if kept and mixed and _first([*kept, None, *mixed], seen):
+            _mix(kept, mixed, outer)
+    return {leaf: _ordered(leaf, outer, rank, held) for leaf in outer if _is_free(leaf)}
+
+
+def _is_free(leaf: Leaf) -> bool:
+    return leaf.fixed is None and leaf.size > 1
+
+
+def _relevant(axes: Iterable[Axis]) -> list[Axis]:
+    return [resolved for axis in axes if (resolved := resolve(axis)).size > 1 and any(leaves_of(resolved))]
+
+
+def _first(axes: Sequence[Axis | None], seen: set[tuple[int, ...]]) -> bool:
+    key = tuple(id(axis) for axis in axes)
+    if key in seen or not any(_is_free(leaf) for axis in axes if axis is not None for leaf in leaves_of(axis)):
+        return False
+    seen.add(key)
+    return True
+
+
+def _blocks(axes: Sequence[Axis]) -> Iterable[_Occurrences]:
+    for pieces in tensor_blocks(axes):
+        yield [
+            (leaf, axis)
+            for axis, piece in enumerate(pieces)
+            for leaf, _, _ in piece.factors
+            if leaf is not None
+        ]
+
+
+def _hold(block: _Occurrences, outer: dict[Leaf, set[Leaf]], rank: dict[Leaf, int]) -> None:
+    places: dict[Leaf, list[int]] = {}
+    for leaf, axis in block:
+        rank.setdefault(leaf, len(rank))
+        places.setdefault(leaf, []).append(axis)
+    for leaf, axes in places.items():
+        if not _is_free(leaf):
+            continue
+        paired = {other for other, where in places.items() if other is not leaf and _pairs(axes, where)}
+        outer[leaf] = outer[leaf] & paired if leaf in outer else paired
+
+
+def _pairs(inner: Sequence[int], outer: Sequence[int]) -> bool:
+    """Return whether each place of the inner leaf has one place of the outer leaf that goes with it."""
+    if len(outer) == 1 and outer[0] not in inner:
+        return True
+    return sorted(inner) == sorted(outer) and len(set(inner)) == len(inner)
+
+
+def _mix(kept: Sequence[Axis], mixed: Sequence[Axis], outer: dict[Leaf, set[Leaf]]) -> None:
+    for block in _blocks([*kept, *mixed]):
+        moved = {leaf for leaf, axis in block if axis >= len(kept)}
+        for leaf, axis in block:
+            if axis < len(kept) and leaf in outer:
+                outer[leaf] -= moved
+
+
+def _ordered(
+    leaf: Leaf, outer: dict[Leaf, set[Leaf]], rank: dict[Leaf, int], held: frozenset[Leaf]
+) -> tuple[Leaf, ...]:
+    """Return the outer leaves in order; of two that could depend on each other the earlier is the outer."""
+    found = []
+    for other in outer[leaf] & held:
+        mutual = leaf in outer.get(other, ())
+        if not mutual or rank[other] < rank[leaf]:
+            found.append(other)
+    return tuple(sorted(found, key=lambda other: (len(outer.get(other, ())), rank[other])))

@@ -1,0 +1,211 @@
+"""How spaces lie in a tensor: dense blocks, each a row-major grid of space units.
+
+A concatenated axis splits a tensor into blocks; within a block every axis is a product of factors, each
+the units of one space or a fixed stretch. A block is a strided view of the tensor, so a transport acts on
+one dimension of a view and nothing is ever searched for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from fxfusion.axes import Axis, Case, Leaf, Product, Sum, atoms_of, parts_of, resolve
+
+
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    """One dimension of a block.
+
+    Attributes
+    ----------
+    space : str
+        Name of the space whose units it enumerates; empty for a fixed stretch.
+    size : int
+        Number of units.
+    stride : int
+        Distance between neighbouring units along the tensor's axis.
+    """
+
+    space: str
+    size: int
+    stride: int
+
+
+@dataclasses.dataclass(frozen=True)
+class AxisBlock:
+    """The stretch of one tensor axis that a block covers: where it starts, and its factors."""
+
+    offset: int
+    factors: tuple[Factor, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A dense block of a tensor: one :class:`AxisBlock` per axis."""
+
+    axes: tuple[AxisBlock, ...]
+
+    @property
+    def factors(self) -> tuple[Factor, ...]:
+        """The factors of all axes, in order: the dimensions of :meth:`view`."""
+        return tuple(factor for axis in self.axes for factor in axis.factors)
+
+    @property
+    def volume(self) -> int:
+        """Number of elements."""
+        return math.prod(factor.size for factor in self.factors)
+
+    def view(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the block of a tensor as a view with one dimension per factor."""
+        offset = tensor.storage_offset()
+        sizes, strides = [], []
+        for axis, stride in zip(self.axes, tensor.stride(), strict=True):
+            offset += axis.offset * stride
+            sizes += [factor.size for factor in axis.factors]
+            strides += [factor.stride * stride for factor in axis.factors]
+        return tensor.as_strided(sizes, strides, offset)
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterLayout:
+    """How spaces lie in one parameter or statistics buffer.
+
+    Attributes
+    ----------
+    name : str
+        Fully qualified name.
+    shape : tuple of int
+    blocks : tuple of Block
+        They tile the tensor.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    blocks: tuple[Block, ...]
+
+    def spaces(self) -> frozenset[str]:
+        """Return the names of the spaces that the tensor holds."""
+        return frozenset(factor.space for block in self.blocks for factor in block.factors if factor.space)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """A block of one axis before the cases of several axes are matched."""
+
+    offset: int
+    factors: tuple[tuple[Leaf | None, int, int], ...]
+    chosen: frozenset[Leaf]
+    required: tuple[frozenset[Leaf], ...]
+
+
+def _pieces(axis: Axis, stride: int) -> list[_Piece]:
+    axis = resolve(axis)
+    if isinstance(axis, Product):
+        return _product_pieces(axis, stride)
+    if isinstance(axis, Sum):
+        found, start = [], 0
+        for part in parts_of(axis):
+            for piece in _pieces(part, stride):
+                found.append(
+                    dataclasses.replace(
+                        piece, offset=piece.offset + start * stride, chosen=piece.chosen | atoms_of(part)
+                    )
+                )
+            start += part.size
+        return found
+    if isinstance(axis, Case):
+        return [
+            dataclasses.replace(piece, required=(*piece.required, atoms_of(key)))
+            for key, alternative in zip(axis.keys, axis.alternatives, strict=True)
+            for piece in _pieces(alternative, stride)
+        ]
+    leaf = axis if isinstance(axis, Leaf) else None
+    return [_Piece(0, ((leaf, axis.size, stride),) if axis.size != 1 else (), frozenset(), ())]
+
+
+def _product_pieces(axis: Product, stride: int) -> list[_Piece]:
+    strides = []
+    for factor in reversed(axis.factors):
+        strides.append(stride)
+        stride *= factor.size
+    choices = [_pieces(factor, step) for factor, step in zip(axis.factors, reversed(strides), strict=True)]
+    return [_merge(combination) for combination in itertools.product(*choices) if _consistent(combination)]
+
+
+def _merge(pieces: Sequence[_Piece]) -> _Piece:
+    return _Piece(
+        sum(piece.offset for piece in pieces),
+        tuple(factor for piece in pieces for factor in piece.factors),
+        frozenset[Leaf]().union(*(piece.chosen for piece in pieces)),
+        tuple(required for piece in pieces for required in piece.required),
+    )
+
+
+def _consistent(pieces: Sequence[_Piece], complete: bool = False) -> bool:
+    """Return whether every case chose the alternative of a summand that is chosen too.
+
+    A case whose summands lie in another axis can be judged only when the combination is ``complete``.
+    """
+    chosen = frozenset[Leaf]().union(*(piece.chosen for piece in pieces))
+    return all(
+        required & chosen or not (chosen or complete) for piece in pieces for required in piece.required
+    )
+
+
+def tensor_blocks(axes: Sequence[Axis]) -> Iterator[tuple[_Piece, ...]]:
+    """Yield the blocks of a tensor with these axes, as one piece per axis with the leaves themselves."""
+    choices = [_pieces(axis, 1) for axis in axes]
+    needs_match = any(piece.required for pieces in choices for piece in pieces)
+    for combination in itertools.product(*choices):
+        if not needs_match or _consistent(combination, complete=True):
+            yield combination
+
+
+def lay_out(
+    name: str, shape: Sequence[int], axes: Sequence[Axis], space_of: Callable[[Leaf], str]
+) -> ParameterLayout:
+    """Return how spaces lie in a tensor.
+
+    Parameters
+    ----------
+    name : str
+    shape : sequence of int
+    axes : sequence of Axis
+        One settled type per axis.
+    space_of : callable
+        Name of the space of a leaf, or an empty string where only the identity may act.
+
+    Returns
+    -------
+    ParameterLayout
+
+    Examples
+    --------
+    >>> from fxfusion.axes import Product
+    >>> heads, dimension = Leaf(4), Leaf(16)
+    >>> layout = lay_out("w", (64,), [Product((heads, dimension))], lambda leaf: f"s{leaf.size}")
+    >>> [(factor.space, factor.stride) for factor in layout.blocks[0].factors]
+    [('s4', 16), ('s16', 1)]
+    """
+    blocks = []
+    for pieces in tensor_blocks(axes):
+        blocks.append(
+            Block(
+                tuple(
+                    AxisBlock(
+                        piece.offset,
+                        tuple(
+                            Factor(space_of(leaf) if leaf is not None else "", size, stride)
+                            for leaf, size, stride in piece.factors
+                        ),
+                    )
+                    for piece in pieces
+                )
+            )
+        )
+    return ParameterLayout(name, tuple(shape), tuple(blocks))

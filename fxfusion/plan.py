@@ -1,0 +1,153 @@
+"""What inference found, as plain data: spaces, where they touch parameters, and what stayed fixed."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Iterator, Sequence
+
+import networkx as nx
+
+from fxfusion.layout import ParameterLayout
+
+
+class Symmetry(enum.Enum):
+    """The group that may act on a space without changing the network's function."""
+
+    FIXED = "fixed"
+    PERMUTATION = "permutation"
+
+
+class Role(enum.Enum):
+    """What a parameter axis does with the space that it holds."""
+
+    WRITES = "writes"
+    READS = "reads"
+    BOTH = "writes and reads"
+
+
+@dataclasses.dataclass(frozen=True)
+class Incidence:
+    """One place where a space meets a parameter.
+
+    Attributes
+    ----------
+    parameter : str
+        Fully qualified name.
+    axis : int
+        Axis of the parameter.
+    block : int
+        Which block of the axis (see :class:`fxfusion.layout.Block`): 0 for an axis that is not a
+        concatenation; 0, 1, 2 for the queries, keys and values of a packed projection.
+    factor : int
+        Which factor of the block's row-major product: 0 the heads, 1 the head dimension of a head axis.
+    role : Role
+        Whether the parameter writes the space (its output) or reads it (contracts over it).
+    """
+
+    parameter: str
+    axis: int
+    block: int
+    factor: int
+    role: Role
+
+    def __str__(self) -> str:
+        place = f"{self.parameter}[{self.axis}]"
+        return place if self.block == self.factor == 0 else f"{place}.{self.block}.{self.factor}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Space:
+    """A set of interchangeable units: a residual stream, the heads of a layer, a hidden layer.
+
+    Attributes
+    ----------
+    name : str
+        The first incidence, by which a space is found again in another parent.
+    size : int
+        Number of units.
+    symmetry : Symmetry
+        The group that may act on the units.
+    incidences : tuple of Incidence
+        Every place where the space meets a parameter.
+    scope : tuple of str
+        Names of the outer spaces, outermost first, whose every unit may move this space's units
+        differently (head_dim below heads). Empty for a space that moves as a whole.
+    """
+
+    name: str
+    size: int
+    symmetry: Symmetry
+    incidences: tuple[Incidence, ...]
+    scope: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """Something that inference had to fix, and why.
+
+    Attributes
+    ----------
+    node : str
+        The graph node at which it happened.
+    operator : str
+        The operator, such as ``aten.cumsum.default``.
+    reason : str
+        One sentence.
+    source : str
+        ``file:line`` in the model's own code, or empty.
+    parameters : tuple of str
+        Parameters with an axis that is fixed for this reason.
+    """
+
+    node: str
+    operator: str
+    reason: str
+    source: str
+    parameters: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """The result of :func:`fxfusion.plan`.
+
+    Attributes
+    ----------
+    spaces : tuple of Space
+        The free spaces, in the order in which parameters first hold them.
+    fixed : tuple of Space
+        Fixed spaces below which a free one may differ from unit to unit (experts picked by a router).
+    covered : float
+        Fraction of parameter elements with at least one free axis, in [0, 1].
+    limits : tuple of Limit
+        What was fixed and why, except model inputs and outputs.
+    graph : networkx.MultiDiGraph
+        The alignment flow graph (see :mod:`fxfusion.flow`).
+    layouts : dict of str to ParameterLayout
+        How the spaces lie in every parameter and statistics buffer.
+    """
+
+    spaces: tuple[Space, ...]
+    fixed: tuple[Space, ...]
+    covered: float
+    limits: tuple[Limit, ...]
+    graph: nx.MultiDiGraph
+    layouts: dict[str, ParameterLayout] = dataclasses.field(repr=False)
+
+    def __getitem__(self, name: str) -> Space:
+        for space in self.spaces:
+            if space.name == name:
+                return space
+        raise KeyError(name)
+
+    def scope_size(self, name: str) -> int:
+        """Return the number of units of a space, fixed or free, by name."""
+        return next(space.size for space in (*self.spaces, *self.fixed) if space.name == name)
+
+    def __iter__(self) -> Iterator[Space]:
+        return iter(self.spaces)
+
+    @property
+    def wreath(self) -> Sequence[Space]:
+        """The spaces that may differ from unit to unit of an outer space."""
+        return [space for space in self.spaces if space.scope]

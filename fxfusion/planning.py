@@ -1,0 +1,139 @@
+"""From settled axis types to the plan: spaces with names, layouts, coverage and limits."""
+
+from __future__ import annotations
+
+import math
+
+from fxfusion.axes import Axis, Leaf, Reason, leaves_of, resolve
+from fxfusion.capture import Capture
+from fxfusion.dependencies import dependencies
+from fxfusion.flow import flow_graph
+from fxfusion.inference import Inferred, infer
+from fxfusion.layout import ParameterLayout, lay_out, tensor_blocks
+from fxfusion.plan import Incidence, Limit, Plan, Role, Space, Symmetry
+from fxfusion.rules.context import Use
+
+_EXPECTED = ("input", "output", "order", "constant")  # kinds of reasons that are no limits of inference
+
+
+def make_plan(capture: Capture, outputs: frozenset[int]) -> Plan:
+    """Infer the spaces of a captured model.
+
+    Parameters
+    ----------
+    capture : Capture
+    outputs : frozenset of int
+        Flat positions of the outputs that must be kept.
+
+    Returns
+    -------
+    Plan
+    """
+    inferred = infer(capture, outputs)
+    read = {name: axes for name, axes in inferred.parameters.items() if name not in capture.unused}
+    held = frozenset(leaf for axes in read.values() for axis in axes for leaf in leaves_of(axis))
+    scopes = dependencies(inferred, held)
+    free = {leaf for leaf in held if _is_free(leaf)}
+    incidences = _incidences(read, _roles(inferred, read))
+    names = {
+        leaf: str(places[0])
+        for leaf, places in incidences.items()
+        if leaf in free or any(leaf in scopes[inner] for inner in free)
+    }
+    spaces = [
+        Space(
+            name,
+            leaf.size,
+            Symmetry.PERMUTATION if leaf in free else Symmetry.FIXED,
+            tuple(incidences[leaf]),
+            tuple(names[outer] for outer in scopes.get(leaf, ())),
+        )
+        for leaf, name in names.items()
+    ]
+    layouts = {
+        name: lay_out(name, capture.parameters[name], axes, lambda leaf: names.get(leaf, ""))
+        for name, axes in read.items()
+    }
+    movable = tuple(space for space in spaces if space.symmetry is not Symmetry.FIXED)
+    return Plan(
+        spaces=movable,
+        fixed=tuple(space for space in spaces if space.symmetry is Symmetry.FIXED),
+        covered=_covered(capture, layouts, {space.name for space in movable}),
+        limits=tuple(_limits(inferred)),
+        graph=flow_graph(capture, inferred, movable, layouts, {leaf: names[leaf] for leaf in free}),
+        layouts=layouts,
+    )
+
+
+def _is_free(leaf: Leaf) -> bool:
+    return leaf.fixed is None and leaf.size > 1
+
+
+def _incidences(
+    read: dict[str, tuple[Axis, ...]], roles: dict[tuple[str, int], Role]
+) -> dict[Leaf, list[Incidence]]:
+    """Return where every leaf lies in parameters, leaves in the order of their first incidence."""
+    found: dict[Leaf, dict[Incidence, None]] = {}
+    for name, axes in read.items():
+        blocks: list[dict[int, int]] = [{} for _ in axes]  # per axis: offset of a block -> its number
+        for pieces in tensor_blocks(axes):
+            for axis, piece in enumerate(pieces):
+                number = blocks[axis].setdefault(piece.offset, len(blocks[axis]))
+                for position, (leaf, _, _) in enumerate(piece.factors):
+                    if leaf is not None:
+                        role = roles.get((name, axis), Role.WRITES)
+                        place = Incidence(name, axis, number, position, role)
+                        found.setdefault(leaf, {})[place] = None
+    return {leaf: list(places) for leaf, places in found.items()}
+
+
+def _roles(inferred: Inferred, read: dict[str, tuple[Axis, ...]]) -> dict[tuple[str, int], Role]:
+    """Return what each parameter axis does, from how operators used it."""
+    seen: dict[tuple[str, int], set[bool]] = {}
+    for use in inferred.context.records.uses:
+        for place in _places(use, read):
+            seen.setdefault(place, set()).add(use.contracted)
+    both = {frozenset([True]): Role.READS, frozenset([False]): Role.WRITES}
+    return {place: both.get(frozenset(kinds), Role.BOTH) for place, kinds in seen.items()}
+
+
+def _places(use: Use, read: dict[str, tuple[Axis, ...]]) -> list[tuple[str, int]]:
+    if use.operand.parameter:
+        return [(use.operand.parameter, use.axis)]
+    leaves = set(leaves_of(use.operand.axes[use.axis]))
+    return [
+        (name, index)
+        for name in use.operand.origins
+        for index, axis in enumerate(read.get(name, ()))
+        if leaves & set(leaves_of(axis))
+    ]
+
+
+def _covered(capture: Capture, layouts: dict[str, ParameterLayout], free: set[str]) -> float:
+    total = sum(math.prod(shape) for shape in capture.parameters.values())
+    covered = sum(
+        block.volume
+        for layout in layouts.values()
+        for block in layout.blocks
+        if any(factor.space in free for factor in block.factors)
+    )
+    return covered / total if total else 0.0
+
+
+def _limits(inferred: Inferred) -> list[Limit]:
+    """Return the reasons that are no consequence of the model's meaning, each with what it fixed."""
+    touched: dict[Reason, list[str]] = {reason: [] for reason in inferred.ruleless}
+    for name, axes in inferred.parameters.items():
+        for axis in axes:
+            for leaf in leaves_of(resolve(axis)):
+                if leaf.fixed is None:
+                    continue
+                cause = list(leaf.fixed.chain())[-1]
+                if cause.kind not in _EXPECTED:
+                    known = touched.setdefault(cause, [])
+                    if name not in known:
+                        known.append(name)
+    return [
+        Limit(reason.node, reason.operator, reason.message, reason.source, tuple(parameters))
+        for reason, parameters in touched.items()
+    ]

@@ -1,0 +1,54 @@
+"""Element-wise operators: axes align on the right and unify; the result varies where any operand does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fxfusion.rules.context import Context, Typed
+from fxfusion.rules.registry import rule
+
+UNARY = (
+    "abs acos acosh asin asinh atan atanh bitwise_not ceil celu clamp clamp_max clamp_min clone contiguous "
+    "cos cosh deg2rad detach digamma dropout elu erf erfc erfinv exp exp2 expm1 feature_dropout floor frac "
+    "gelu hardshrink hardsigmoid hardswish hardtanh isfinite isinf isnan leaky_relu lgamma lift_fresh_copy "
+    "log log10 log1p log2 log_sigmoid logical_not mish nan_to_num native_dropout neg positive reciprocal "
+    "relu relu6 round rsqrt selu sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink sqrt "
+    "square tan tanh threshold trunc alias to _to_copy type_as"
+)
+BINARY = (
+    "__and__ __or__ __xor__ __lshift__ __rshift__ add addcdiv addcmul atan2 bitwise_and bitwise_or "
+    "bitwise_xor bitwise_left_shift bitwise_right_shift copy copysign div eq floor_divide floor_divide fmax "
+    "fmin fmod ge gt hypot ldexp le lerp logaddexp logaddexp2 logical_and logical_or logical_xor lt "
+    "masked_fill max_other maximum min_other minimum mul ne pow remainder rsub sub true_divide where xlogy"
+)
+
+
+@rule(*UNARY.split())
+def unary(context: Context, x: Typed, *_: Any, **__: Any) -> Typed:
+    """Keep every axis. What else is given (``type_as``'s second operand) is read for metadata only."""
+    return Typed(x.axes)
+
+
+@rule(*BINARY.split())
+def binary(context: Context, *operands: Any, **_: Any) -> Typed:
+    """Unify aligned axes."""
+    return context.broadcast(*(operand for operand in operands if isinstance(operand, Typed)))
+
+
+@rule("prelu", "rrelu_with_noise", "rrelu")
+def prelu(context: Context, x: Typed, weight: Any = None, *_: Any, **__: Any) -> Typed:
+    """``prelu(x, weight)``: one slope per channel (axis 1), or one for all."""
+    if isinstance(weight, Typed) and weight.rank == 1 and weight.shape[0] > 1:
+        context.unify(x.axes[1], weight.axes[0])
+        context.kept(weight)
+    return Typed(x.axes)
+
+
+@rule("glu")
+def glu(context: Context, x: Typed, dim: int = -1) -> Typed:
+    """``a * sigmoid(b)`` of the two halves of an axis."""
+    half = x.shape[dim] // 2
+    axis = dim % x.rank
+    first = context.narrow(x, axis, 0, half)
+    second = context.narrow(x, axis, half, 2 * half)
+    return context.broadcast(Typed(tuple(first)), Typed(tuple(second)))

@@ -1,0 +1,18 @@
+"""The compiler's passes, one per file, in pipeline order.
+
+==============================  ==========================================================
+:mod:`~fxfusion.passes.normalize`         drop what carries no computation (guards, metadata assertions)
+:mod:`~fxfusion.passes.propagate`         infer the space of every axis; attach the plan
+:mod:`~fxfusion.passes.align`             solve one transport per space and parent
+:mod:`~fxfusion.passes.apply_transports`  carry the transports through every parameter
+:mod:`~fxfusion.passes.merge`             average the aligned parents into the graph's parameters
+:mod:`~fxfusion.passes.repair`            re-estimate batch-normalisation statistics
+==============================  ==========================================================
+
+Each subclasses :class:`torch.fx.passes.infra.pass_base.PassBase` (through
+:class:`~fxfusion.passes.base.FusionPass`), takes its options as dataclass fields and runs alone or in
+torch's own ``PassManager``. Only :mod:`fxfusion.pipeline` knows the order.
+"""
+
+if __name__ != "fxfusion.passes":
+    raise ImportError("fxfusion's passes are imported as 'fxfusion.passes', not as a top-level package")
