@@ -310,7 +310,7 @@ def _what_is_wrong(path: Path) -> str:
         start = file.read(64)
     if start.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer, not the file itself: run `git lfs pull`"
-    if size < 8:
+    if size < 10:  # A length and the shortest header, {}.
         return f"not a safetensors file: it has {size} bytes; copy or download it again"
     header = struct.unpack("<Q", start[:8])[0]
     if start[8:9] == b"{" and header + 8 > size:

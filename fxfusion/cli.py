@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class _Group(TyperGroup):
     """Commands whose errors, where the user can act on them, are one message and exit code 2."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except FusionError as error:
@@ -42,8 +42,8 @@ app = typer.Typer(
     cls=_Group,
     help="Fuse independently trained neural networks with optimal transport.",
     epilog="A MODEL is timm:NAME\\[@weights.safetensors], hf:DIRECTORY, "
-    "package.module:factory\\[@weights.safetensors] or a FILE.pt2. Options of a timm model or factory follow a "
-    "question mark: 'timm:resnet18?num_classes=10'.",
+    "package.module:factory\\[@weights.safetensors] or a FILE.pt2. Options of a timm model or factory follow "
+    "a question mark: 'timm:resnet18?num_classes=10'.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

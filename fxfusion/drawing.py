@@ -639,7 +639,7 @@ class _Grid:
     above: dict[int, list[int]]
     below: dict[int, list[int]]
     chains: dict[int, list[int]]  # Per edge that goes through rows: its points, from source to target.
-    stream: set[int]  # Points between residual joins, which are kept at the right.
+    stream: set[int]  # Points of long edges into residual joins, which are kept at the right.
 
 
 def _make_grid(sketch: _Sketch, layers: _Layers) -> _Grid:
@@ -664,7 +664,8 @@ def _make_grid(sketch: _Sketch, layers: _Layers) -> _Grid:
             below[upper].append(lower)
             above[lower].append(upper)
     joins = {node for node in range(len(sketch.nodes)) if sketch.nodes[node].kind == "join"}
-    stream = {point for chain in chains.values() if {chain[0], chain[-1]} <= joins for point in chain[1:-1]}
+    into_joins = [chain for chain in chains.values() if chain[-1] in joins]
+    stream = {point for chain in into_joins if chain[0] in joins or len(chain) > 3 for point in chain[1:-1]}
     return _Grid(rows, above, below, chains, stream)
 
 

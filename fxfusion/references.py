@@ -397,6 +397,7 @@ def _load_huggingface(reference: str, model_class: Any, directory: Path) -> nn.M
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # They are reported below, by name and with the rest.
             )
     except Exception as error:
         # Which of its files is at fault shows when we read them ourselves.

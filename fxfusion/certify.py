@@ -1,0 +1,113 @@
+"""Certification: a random element of the inferred symmetry group must leave the function unchanged."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+
+from fxfusion.capture import Capture
+from fxfusion.execution import Program
+from fxfusion.plan import Plan
+from fxfusion.symmetry import act, random_maps
+
+TOLERANCE = 1e-9  # relative, in float64
+
+
+@dataclasses.dataclass(frozen=True)
+class Certificate:
+    """The outcome of certification.
+
+    Attributes
+    ----------
+    ok : bool
+        Whether the function stayed the same to the tolerance, on both inputs.
+    max_relative_error : float
+        Largest difference of an output element, relative to the output's largest element.
+    moved : float
+        Fraction of parameter elements that changed.
+    tolerance : float
+        What ``ok`` was judged by.
+    """
+
+    ok: bool
+    max_relative_error: float
+    moved: float
+    tolerance: float = TOLERANCE
+
+
+def certify_plan(
+    capture: Capture,
+    plan: Plan,
+    state: Mapping[str, torch.Tensor],
+    outputs: frozenset[int],
+    seed: int = 0,
+    tolerance: float = TOLERANCE,
+) -> Certificate:
+    """Certify a plan on one set of weights, in float64.
+
+    Parameters
+    ----------
+    capture, plan
+        The model and the plan to certify.
+    state : mapping of str to torch.Tensor
+        Weights by the names that the graph uses.
+    outputs : frozenset of int
+        Flat positions of the outputs that must be kept.
+    seed : int
+        Draws the group element and the second input.
+    tolerance : float
+        Largest relative error that counts as unchanged.
+
+    Returns
+    -------
+    Certificate
+    """
+    generator = torch.Generator().manual_seed(seed)
+    twin = act(plan, random_maps(plan, generator), state)
+    program = Program(capture, double=True)
+    worst = 0.0
+    second = randomise((capture.args, capture.kwargs), generator)
+    for args, kwargs in ((capture.args, capture.kwargs), second):
+        original, changed = program.run([state, twin], args, kwargs)
+        worst = max(worst, *(_difference(original[index], changed[index]) for index in outputs))
+    total = sum(state[name].numel() for name in plan.layouts)
+    differing = sum(int((state[name] != twin[name]).sum()) for name in plan.layouts)
+    return Certificate(worst <= tolerance, worst, differing / total if total else 0.0, tolerance)
+
+
+def _difference(left: Any, right: Any) -> float:
+    if not isinstance(left, torch.Tensor):
+        return 0.0
+    if not left.is_floating_point():
+        return float((left != right).any())
+    missing = left.isnan()
+    if not torch.equal(missing, right.isnan()) or missing.all():
+        return float("inf")
+    left, right = left[~missing], right[~missing]
+    same = left == right  # infinities of the same sign
+    scale = left[left.isfinite()].abs().max() if left.isfinite().any() else torch.tensor(1.0)
+    difference = (left - right).abs().masked_fill(same, 0.0).max()
+    return float(difference / scale.clamp_min(torch.finfo(left.dtype).tiny))
+
+
+def randomise(inputs: Any, generator: torch.Generator) -> Any:
+    """Return other inputs of the same kind: floats drawn anew, integers drawn from the values they have.
+
+    Masks (at most two different values) and inputs that are no tensors stay.
+    """
+
+    def redraw(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_floating_point():
+            drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float32)
+            return drawn.to(tensor.dtype) * tensor.std() + tensor.mean() if tensor.numel() > 1 else drawn
+        values = tensor.unique()
+        if values.numel() <= 2:
+            return tensor
+        picks = torch.randint(values.numel(), tensor.shape, generator=generator)
+        return values[picks]
+
+    return pytree.tree_map_only(torch.Tensor, redraw, inputs)

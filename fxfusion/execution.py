@@ -1,0 +1,212 @@
+"""Run a captured graph with any number of weight sets side by side, node by node.
+
+Running the parents in lock step lets a statistic of both be taken at a node while only two sets of live
+activations exist, and what depends on no parameter (masks, positions) is computed once.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+
+from fxfusion.capture import Capture
+from fxfusion.errors import CalibrationMismatchError
+
+State = Mapping[str, torch.Tensor]
+Observer = Callable[[fx.Node, Sequence[torch.Tensor]], None]
+
+_LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Program:
+    """A captured graph, ready to run on given weights.
+
+    Parameters
+    ----------
+    capture : Capture
+    double : bool
+        Run in float64: casts to a lower precision inside the graph become casts to float64.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from fxfusion.capture import capture
+    >>> model = torch.nn.Linear(3, 2)
+    >>> program = Program(capture(model, (torch.ones(4, 3),)))
+    >>> program.run([dict(model.named_parameters())], (torch.ones(4, 3),), {})[0][0].shape
+    torch.Size([4, 2])
+    """
+
+    def __init__(self, capture: Capture, double: bool = False) -> None:
+        self.capture = capture
+        self.double = double
+        self.nodes = list(capture.module.graph.nodes)
+        self.placeholders = [node for node in self.nodes if node.op == "placeholder"]
+        self._dead = _last_uses(self.nodes)
+        self._shared = _parameter_free(self.nodes, capture)
+        self._constants = {
+            node: _attribute(capture.module, str(node.target))
+            for node in self.nodes
+            if node.op == "get_attr" and node in self._shared
+        }
+
+    def run(
+        self,
+        states: Sequence[State],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        observe: Observer | None = None,
+        override: Callable[[fx.Node, int, tuple[Any, ...]], Any] | None = None,
+    ) -> list[list[Any]]:
+        """Run the graph once per state, in lock step.
+
+        Parameters
+        ----------
+        states : sequence of mapping
+            Weights by the names that the graph uses.
+        args, kwargs : sequence, mapping
+            Inputs of the model.
+        observe : callable ``(node, values)``, optional
+            Called at every node whose value depends on parameters, with one value per state.
+        override : callable ``(node, index, args) -> value or None``, optional
+            Computes a node in place of its operator unless it returns None.
+
+        Returns
+        -------
+        list of list
+            Flat outputs per state.
+        """
+        inputs = self.flatten(args, kwargs)
+        with torch.no_grad():
+            return self._run([self._cast_state(state) for state in states], inputs, observe, override)
+
+    def _run(self, states, inputs, observe, override) -> list[list[Any]]:  # type: ignore[no-untyped-def]
+        shared: dict[fx.Node, Any] = dict(zip(self.placeholders, map(self._cast, inputs), strict=True))
+        envs: list[dict[fx.Node, Any]] = [{} for _ in states]
+        outputs: list[list[Any]] = []
+        for node in self.nodes:
+            if node.op == "output":
+                outputs = [
+                    [_look_up(item, env, shared) for item in node.args[0]] for env in envs  # type: ignore[union-attr]
+                ]
+            elif node in self._shared:
+                if node.op == "get_attr":
+                    shared[node] = self._cast(self._constants[node])
+                elif node.op == "call_function":
+                    shared[node] = self._call(node, {}, shared)
+            elif node.op == "get_attr":
+                name = self.capture.aliases.get(str(node.target), str(node.target))
+                for env, state in zip(envs, states, strict=True):
+                    env[node] = state[name]
+            else:
+                for index, env in enumerate(envs):
+                    env[node] = self._compute(node, index, env, shared, override)
+                if observe is not None:
+                    observe(node, [env[node] for env in envs])
+            for dead in self._dead.get(node, ()):
+                for env in (*envs, shared):
+                    env.pop(dead, None)
+        return outputs
+
+    def _compute(self, node, index, env, shared, override) -> Any:  # type: ignore[no-untyped-def]
+        if override is not None:
+            args = fx.map_arg(node.args, lambda item: _look_up(item, env, shared))
+            value = override(node, index, args)
+            if value is not None:
+                return value
+        return self._call(node, env, shared)
+
+    def _call(self, node: fx.Node, env: Mapping[fx.Node, Any], shared: Mapping[fx.Node, Any]) -> Any:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda item: _look_up(item, env, shared))  # type: ignore[misc]
+        if self.double:
+            args, kwargs = _widen(args), _widen(kwargs)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _cast(self, value: Any) -> Any:
+        if self.double and isinstance(value, torch.Tensor) and value.dtype in _LOW_PRECISION:
+            return value.double()
+        return value
+
+    def _cast_state(self, state: State) -> State:
+        return {name: self._cast(tensor) for name, tensor in state.items()} if self.double else state
+
+    # -- inputs ---------------------------------------------------------------------------------
+
+    def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """Return the graph's flat inputs; keyword arguments that are no tensors default to the example's."""
+        spec = self.capture.module._in_spec
+        _, keyword_spec = spec.children()
+        names = list(keyword_spec.context or [])
+        known = {**{key: value for key, value in self.capture.kwargs.items() if not _has_tensor(value)}, **kwargs}
+        missing = [name for name in names if name not in known]
+        if missing:
+            raise CalibrationMismatchError(
+                f"{self.capture.name} was captured with the inputs {', '.join(names)}; missing: {', '.join(missing)}"
+            )
+        flat, given = pytree.tree_flatten((tuple(args), {name: known[name] for name in names}))
+        if given.num_leaves != spec.num_leaves:
+            raise CalibrationMismatchError(
+                f"{self.capture.name} takes {spec.num_leaves} inputs, {given.num_leaves} were given"
+            )
+        return flat
+
+
+def _look_up(item: Any, env: Mapping[fx.Node, Any], shared: Mapping[fx.Node, Any]) -> Any:
+    if not isinstance(item, fx.Node):
+        return item
+    return env[item] if item in env else shared[item]
+
+
+def _widen(value: Any) -> Any:
+    """Replace low-precision dtype arguments by float64."""
+    return pytree.tree_map(lambda item: torch.float64 if item in _LOW_PRECISION else item, value) if (
+        _mentions_dtype(value)
+    ) else value
+
+
+def _mentions_dtype(value: Any) -> bool:
+    if isinstance(value, torch.dtype):
+        return True
+    if isinstance(value, Mapping):
+        return any(_mentions_dtype(item) for item in value.values())
+    return isinstance(value, (tuple, list)) and any(_mentions_dtype(item) for item in value)
+
+
+def _has_tensor(value: Any) -> bool:
+    return any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value))
+
+
+def _parameter_free(nodes: Sequence[fx.Node], capture: Capture) -> frozenset[fx.Node]:
+    """Return the nodes that depend on no parameter: their value is the same for every parent."""
+    free: set[fx.Node] = set()
+    for node in nodes:
+        if node.op == "placeholder":
+            free.add(node)
+        elif node.op == "get_attr":
+            name = capture.aliases.get(str(node.target), str(node.target))
+            if name not in capture.parameters:
+                free.add(node)
+        elif node.op == "call_function" and all(item in free for item in node.all_input_nodes):
+            free.add(node)
+    return frozenset(free)
+
+
+def _last_uses(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """Return for every node the values that nobody needs after it."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        for item in node.all_input_nodes:
+            last[item] = node
+    dead: dict[fx.Node, list[fx.Node]] = {}
+    for item, node in last.items():
+        dead.setdefault(node, []).append(item)
+    return dead
+
+
+def _attribute(module: torch.nn.Module, target: str) -> Any:
+    return operator.attrgetter(target)(module)

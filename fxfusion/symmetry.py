@@ -1,0 +1,83 @@
+"""Random elements of the inferred symmetry group, and their action on a model's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from fxfusion.capture import Capture
+from fxfusion.plan import Plan, Role, Space
+from fxfusion.transport.map import HardMap, Map, Maps, transport_tensor
+
+
+def random_maps(plan: Plan, generator: torch.Generator) -> dict[str, Map]:
+    """Draw an element of the symmetry group other than the identity, in every space.
+
+    Parameters
+    ----------
+    plan : Plan
+    generator : torch.Generator
+
+    Returns
+    -------
+    dict of str to HardMap
+        One permutation per space and, below outer spaces, per unit of those.
+    """
+    return {space.name: _random_permutations(plan, space, generator) for space in plan.spaces}
+
+
+def _random_permutations(plan: Plan, space: Space, generator: torch.Generator) -> HardMap:
+    outer = [plan.scope_size(name) for name in space.scope]
+    count = int(torch.tensor(outer).prod()) if outer else 1
+    identity = torch.arange(space.size)
+    rows = []
+    for _ in range(count):
+        # Of two units, every other draw is the identity, which would certify nothing.
+        drawn = torch.randperm(space.size, generator=generator)
+        while torch.equal(drawn, identity):
+            drawn = torch.randperm(space.size, generator=generator)
+        rows.append(drawn)
+    return HardMap(space.scope, torch.stack(rows).reshape(*outer, space.size))
+
+
+def reading_axes(plan: Plan) -> dict[str, frozenset[int]]:
+    """Return for every parameter the axes that only read their space."""
+    found: dict[str, set[int]] = {}
+    for space in plan.spaces:
+        for incidence in space.incidences:
+            if incidence.role is Role.READS:
+                found.setdefault(incidence.parameter, set()).add(incidence.axis)
+    return {name: frozenset(axes) for name, axes in found.items()}
+
+
+def act(plan: Plan, maps: Maps, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Carry transports through all parameters and statistics buffers.
+
+    Parameters
+    ----------
+    plan : Plan
+    maps : mapping of str to HardMap or SoftMap
+    state : mapping of str to torch.Tensor
+        Weights by the names that the graph uses; not written.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        The transported weights. What no map touches is the given tensor itself.
+    """
+    reading = reading_axes(plan)
+    moved = dict(state)
+    for name, layout in plan.layouts.items():
+        moved[name] = transport_tensor(state[name].detach(), layout, maps, reading.get(name, frozenset()))
+    return moved
+
+
+def complete(capture: Capture, typed: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a full state dict: transported tensors under all their names, the rest as it was."""
+    full = {name: tensor.detach() for name, tensor in state.items()}
+    full.update(typed)
+    for alias, name in capture.aliases.items():
+        if alias in full:
+            full[alias] = full[name]
+    return full

@@ -1,0 +1,198 @@
+"""Transports as values: how the units of one parent map to the units of the target.
+
+A hard map is an index, a soft map a coupling; both act on one dimension of a block's view. A map below an
+outer space (head_dim below heads) has one entry per unit of the outer space.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from fxfusion.layout import Block, ParameterLayout
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HardMap:
+    """An assignment.
+
+    Attributes
+    ----------
+    scope : tuple of str
+        Names of the outer spaces.
+    index : torch.Tensor
+        int64 ``[outer units of the target..., n]``: the source unit that each target unit takes.
+    """
+
+    scope: tuple[str, ...]
+    index: torch.Tensor
+
+    @property
+    def moved(self) -> float:
+        """Fraction of units that are not in their own place."""
+        return float((self.index != torch.arange(self.index.shape[-1])).double().mean())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SoftMap:
+    """A coupling, projected to a map for each side.
+
+    Attributes
+    ----------
+    scope : tuple of str
+        Names of the outer spaces.
+    write : torch.Tensor
+        ``[target outer, source outer, ..., target n, source n]``: rows sum to one. What a target unit
+        writes is the average of the source units coupled with it (barycentric projection).
+    read : torch.Tensor
+        The same shape, columns sum to one: what a source unit gave is handed on to the target units
+        coupled with it, so that unequal widths conserve mass.
+    """
+
+    scope: tuple[str, ...]
+    write: torch.Tensor
+    read: torch.Tensor
+
+    @classmethod
+    def from_coupling(cls, coupling: torch.Tensor, scope: tuple[str, ...] = ()) -> SoftMap:
+        """Divide a coupling by its row marginals (write) and by its column marginals (read)."""
+        tiny = torch.finfo(coupling.dtype).tiny
+        return cls(
+            scope,
+            coupling / coupling.sum(-1, keepdim=True).clamp_min(tiny),
+            coupling / coupling.sum(-2, keepdim=True).clamp_min(tiny),
+        )
+
+    @property
+    def moved(self) -> float:
+        """One minus the mean mass that stays in place."""
+        write = self.write
+        for _ in self.scope:
+            write = torch.diagonal(write, dim1=0, dim2=1).movedim(-1, -3) if write.ndim > 2 else write
+        return 1.0 - float(torch.diagonal(write, dim1=-2, dim2=-1).mean())
+
+
+Map = HardMap | SoftMap
+Maps = Mapping[str, Map]
+
+
+def transport_tensor(
+    tensor: torch.Tensor, layout: ParameterLayout, maps: Maps, reading: frozenset[int] = frozenset()
+) -> torch.Tensor:
+    """Carry transports through a parameter.
+
+    Parameters
+    ----------
+    tensor : torch.Tensor
+        The source parent's parameter. It is not written.
+    layout : ParameterLayout
+        How spaces lie in it.
+    maps : mapping of str to HardMap or SoftMap
+        By name of space; spaces without a map keep their units.
+    reading : frozenset of int
+        Axes that read their space: soft maps apply their reading side there.
+
+    Returns
+    -------
+    torch.Tensor
+        A new tensor of the same shape and dtype, or the tensor itself if no map touches it.
+
+    Examples
+    --------
+    >>> from fxfusion.axes import Leaf
+    >>> from fxfusion.layout import lay_out
+    >>> layout = lay_out("b", (3,), [Leaf(3)], lambda leaf: "s")
+    >>> transport_tensor(torch.tensor([1.0, 2.0, 3.0]), layout, {"s": HardMap((), torch.tensor([2, 0, 1]))})
+    tensor([3., 1., 2.])
+    """
+    if not layout.spaces() & maps.keys():
+        return tensor
+    result = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    for block in layout.blocks:
+        block.view(result).copy_(transport_block(block, block.view(tensor), maps, reading))
+    return result
+
+
+def transport_block(
+    block: Block,
+    view: torch.Tensor,
+    maps: Maps,
+    reading: frozenset[int] = frozenset(),
+    skip: frozenset[str] = frozenset(),
+) -> torch.Tensor:
+    """Carry transports through the view of one block, spaces in ``skip`` excepted."""
+    dimensions = [
+        (dimension, maps[factor.space])
+        for dimension, factor in enumerate(block.factors)
+        if factor.space in maps and factor.space not in skip
+    ]
+    for dimension, item in sorted(dimensions, key=lambda pair: len(pair[1].scope)):
+        if isinstance(item, HardMap):
+            view = _gather(view, dimension, item.index, scope_dimensions(block, dimension, item.scope))
+    soft = [(dimension, item) for dimension, item in dimensions if isinstance(item, SoftMap)]
+    return _contract(block, view, soft, reading) if soft else view
+
+
+def axis_of(block: Block, dimension: int) -> int:
+    """Return the tensor axis to which a dimension of a block's view belongs."""
+    for axis, part in enumerate(block.axes):
+        if dimension < len(part.factors):
+            return axis
+        dimension -= len(part.factors)
+    raise IndexError(dimension)
+
+
+def scope_dimensions(block: Block, dimension: int, scope: Sequence[str]) -> list[int]:
+    """Return the dimension of each outer space that goes with an inner one: in its own axis if there."""
+    own = axis_of(block, dimension)
+    found = []
+    for name in scope:
+        places = [place for place, factor in enumerate(block.factors) if factor.space == name]
+        found.append(next((place for place in places if axis_of(block, place) == own), places[0]))
+    return found
+
+
+def _gather(view: torch.Tensor, dimension: int, index: torch.Tensor, scope: Sequence[int]) -> torch.Tensor:
+    if not scope:
+        return view.index_select(dimension, index)
+    # Lay the index out over the view: outer dimensions in the view's order, the mapped one last of them.
+    places = [*scope, dimension]
+    order = sorted(range(len(places)), key=places.__getitem__)
+    shape = [1] * view.ndim
+    for place, size in zip(places, index.shape, strict=True):
+        shape[place] = size
+    return torch.take_along_dim(view, index.permute(order).reshape(shape), dimension)
+
+
+def _contract(
+    block: Block, view: torch.Tensor, soft: Sequence[tuple[int, SoftMap]], reading: frozenset[int]
+) -> torch.Tensor:
+    """Apply soft maps, an outer space together with all that lies below it."""
+    pending = dict(soft)
+    for dimension, item in soft:
+        if item.scope and any(place in pending for place in scope_dimensions(block, dimension, item.scope)):
+            continue
+        group = {dimension: item}
+        for other, below in soft:
+            if below.scope and dimension in scope_dimensions(block, other, below.scope):
+                group[other] = below
+        view = _contract_group(block, view, group, reading)
+    return view
+
+
+def _contract_group(
+    block: Block, view: torch.Tensor, group: Mapping[int, SoftMap], reading: frozenset[int]
+) -> torch.Tensor:
+    source = list(range(view.ndim))
+    target = [view.ndim + dimension if dimension in group else dimension for dimension in source]
+    operands: list[object] = []
+    for dimension, item in sorted(group.items(), key=lambda pair: len(pair[1].scope)):
+        labels = []
+        for outer in scope_dimensions(block, dimension, item.scope):
+            labels += [target[outer], source[outer]]
+        side = item.read if axis_of(block, dimension) in reading else item.write
+        operands += [side, [*labels, target[dimension], source[dimension]]]
+    operands += [view.to(side.dtype), source, target]
+    return torch.einsum(*operands)
