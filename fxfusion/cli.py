@@ -90,17 +90,25 @@ def main() -> None:
     app()
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib import metadata
+
+        try:
+            typer.echo(f"fxfusion {metadata.version('fxfusion')}")
+        except metadata.PackageNotFoundError:
+            typer.echo("fxfusion, run from its sources without being installed")
+        raise typer.Exit
+
+
 @app.callback()
 def _common(
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
     ] = False,
 ) -> None:
-    if version:
-        from importlib.metadata import version as installed_version
-
-        typer.echo(f"fxfusion {installed_version('fxfusion')}")
-        raise typer.Exit
+    pass
 
 
 @app.command(epilog="Example: fxfusion demo --seed 1 --output /tmp/demo")

@@ -114,9 +114,11 @@ class Settings:
     weight_decay: float = 0.5
     noise: float = 0.2
 
-    def build(self) -> DigitsViT:
-        """Return an untrained network."""
-        return DigitsViT(self.width, self.depth, self.heads)
+    def build(self, seed: int = 0) -> DigitsViT:
+        """Return an untrained network; torch's global random state stays as it is."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return DigitsViT(self.width, self.depth, self.heads)
 
 
 QUICK = Settings(width=32, depth=2, heads=2, epochs=12, tuning_epochs=3)
@@ -275,9 +277,7 @@ def load_digits() -> Digits:
 
 def _train_parent(settings: Settings, digits: Digits, seed: int, name: str, progress: Progress) -> DigitsViT:
     parent_seed = 1000 * seed + ord(name)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(parent_seed)
-        model = settings.build()
+    model = settings.build(parent_seed)
     task = progress.add_task(f"training parent {name}", total=settings.epochs)
     _train(model, settings, digits, settings.epochs, settings.learning_rate, parent_seed, progress, task)
     return model

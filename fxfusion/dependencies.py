@@ -46,7 +46,7 @@ def dependencies(inferred: Inferred, held: frozenset[Leaf]) -> dict[Leaf, tuple[
         kept, mixed = _relevant(mix.kept), _relevant(mix.mixed)
         if kept and mixed and _first([*kept, None, *mixed], seen):
             _mix(kept, mixed, outer)
-    return {leaf: _ordered(leaf, outer, rank, held) for leaf in outer if _is_free(leaf)}
+    return _chains(outer, rank, held)
 
 
 def _is_free(leaf: Leaf) -> bool:
@@ -102,13 +102,34 @@ def _mix(kept: Sequence[Axis], mixed: Sequence[Axis], outer: dict[Leaf, set[Leaf
                 outer[leaf] -= moved
 
 
-def _ordered(
-    leaf: Leaf, outer: dict[Leaf, set[Leaf]], rank: dict[Leaf, int], held: frozenset[Leaf]
-) -> tuple[Leaf, ...]:
-    """Return the outer leaves in order; of two that could depend on each other the earlier is the outer."""
-    found = []
-    for other in outer[leaf] & held:
-        mutual = leaf in outer.get(other, ())
-        if not mutual or rank[other] < rank[leaf]:
-            found.append(other)
-    return tuple(sorted(found, key=lambda other: (len(outer.get(other, ())), rank[other])))
+def _chains(
+    outer: dict[Leaf, set[Leaf]], rank: dict[Leaf, int], held: frozenset[Leaf]
+) -> dict[Leaf, tuple[Leaf, ...]]:
+    """Order the outer leaves of each free leaf into a chain, fixed ones first, outermost first.
+
+    Of two leaves that could depend on each other the earlier is the outer one. A chain nests: each free
+    member has exactly those before it as its own chain, so that solvers may treat spaces as a tree.
+    """
+    chains: dict[Leaf, tuple[Leaf, ...]] = {}
+    for leaf in sorted(filter(_is_free, outer), key=lambda item: (len(outer[item] & held), rank[item])):
+        above = [
+            other
+            for other in outer[leaf] & held
+            if other.size > 1 and not (leaf in outer.get(other, ()) and rank[leaf] < rank[other])
+        ]
+        fixed = sorted((other for other in above if other.fixed), key=rank.__getitem__)
+        chain = list(fixed)
+        for other in sorted(filter(_is_free, above), key=lambda item: (len(chains.get(item, ())), rank[item])):
+            if chains.get(other) == tuple(chain) or (not _free_part(chain) and _fits(chains.get(other), fixed)):
+                chain = [*(chains[other] if not _free_part(chain) else chain), other]
+        chains[leaf] = tuple(chain)
+    return chains
+
+
+def _free_part(chain: Sequence[Leaf]) -> list[Leaf]:
+    return [leaf for leaf in chain if not leaf.fixed]
+
+
+def _fits(chain: tuple[Leaf, ...] | None, fixed: Sequence[Leaf]) -> bool:
+    """Return whether a chain consists of fixed leaves that the inner space depends on too."""
+    return chain is not None and all(leaf in fixed for leaf in chain)

@@ -334,7 +334,7 @@ class _Node:
     @property
     def label(self) -> str:
         """The text for formats that lay out by themselves."""
-        return "\n".join([self.key, *(text for style, text in self.lines if style == "detail")])
+        return "\n".join([_name(self.key), *(text for style, text in self.lines if style == "detail")])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -381,8 +381,12 @@ def _space_node(key: str, attributes: Mapping[str, Any]) -> _Node:
     scope = list(attributes.get("scope", []))
     name = symmetry.replace("_", " ")
     size = f"{attributes.get('size', '?')}"
-    lines = (("size", f"{size} · {name}"), ("path", _shortened(key, 30)), ("detail", f"{size} units, {name}"))
-    tooltip = f"space {key}\n{size} units, {name}"
+    lines = (
+        ("size", f"{size} · {name}"),
+        ("path", _shortened(_name(key), 30)),
+        ("detail", f"{size} units, {name}"),
+    )
+    tooltip = f"space {_name(key)}\n{size} units, {name}"
     if scope:
         tooltip += f"\nmay differ for every unit of {', '.join(scope)}"
     style = _SYMMETRY_STYLES.get(symmetry.lower().replace(" ", "_"), "other")
@@ -423,7 +427,7 @@ def _join_node(key: str, attributes: Mapping[str, Any]) -> _Node:
 
 def _edge_tooltip(source: str, target: str, attributes: Mapping[str, Any]) -> str:
     role = attributes["role"]
-    start, end = source, target
+    start, end = _name(source), _name(target)
     axis = f", axis {attributes['axis']}" if "axis" in attributes else ""
     if role == "writes":
         start = f"{attributes.get('member', source)}{axis}"
@@ -439,6 +443,11 @@ def _title(graph: nx.MultiDiGraph) -> str:
     names = (("space", "space"), ("parameter", "parameter"), ("join", "residual join"))
     parts = [f"{counts[kind]} {name}{'s' * (counts[kind] != 1)}" for kind, name in names]
     return f"Alignment flow graph: {', '.join(parts)}"
+
+
+def _name(key: str) -> str:
+    """A node's name: keys of spaces and joins start with their kind, to differ from parameters."""
+    return key.removeprefix("space:").removeprefix("join:")
 
 
 def _shape(shape: Iterable[int]) -> str:
@@ -473,6 +482,7 @@ def _assign_rows(sketch: _Sketch) -> _Layers:
     cut = _cut_cycles(acyclic, sketch)
     hubs = {source for source, _ in cut}
     _put_blocks_in_sequence(acyclic, sketch, {target for _, target in cut})
+    _put_final_writers_last(acyclic, sketch, hubs)
     row = [0] * len(sketch.nodes)
     for number, generation in enumerate(nx.topological_generations(acyclic)):
         for node in generation:
@@ -518,6 +528,15 @@ def _put_blocks_in_sequence(graph: nx.DiGraph, sketch: _Sketch, cut_readers: set
         for previous in sorted(before or _openers(graph, sketch, join, cut_readers)):
             branch = nx.ancestors(graph, join) - nx.ancestors(graph, previous) - {previous}
             graph.add_edges_from((previous, node) for node in sorted(branch & cut_readers))
+
+
+def _put_final_writers_last(graph: nx.DiGraph, sketch: _Sketch, hubs: set[int]) -> None:
+    """Let what only writes a residual stream's space, such as a final normalisation, follow the last join."""
+    for hub in sorted(hubs):
+        writers = sorted(graph.predecessors(hub))
+        joins = [node for node in writers if sketch.nodes[node].kind == "join"]
+        final = [node for node in writers if not graph.in_degree(node) and graph.out_degree(node) == 1]
+        graph.add_edges_from(itertools.product(joins, set(final) - set(joins)))
 
 
 def _openers(graph: nx.DiGraph, sketch: _Sketch, join: int, cut_readers: set[int]) -> list[int]:
@@ -732,9 +751,7 @@ def _horizontal_positions(sketch: _Sketch, grid: _Grid) -> dict[int, float]:
         sides = ((grid.above,), (grid.below,), (grid.above, grid.below))[sweep % 3]
         numbers = range(len(grid.rows)) if sweep % 2 == 0 else range(len(grid.rows) - 1, -1, -1)
         means = [sum(x[point] for point in line) / len(line) for line in lines.values()]
-        straight = {
-            point: mean for line, mean in zip(lines.values(), means, strict=True) for point in line
-        }
+        straight = {point: mean for line, mean in zip(lines.values(), means, strict=True) for point in line}
         for number in numbers:
             row, distances = grid.rows[number], gaps[number]
             pulls = [_pull(point, sides, x, straight) for point in row]
@@ -891,8 +908,10 @@ def _break_into_columns(
         ends.append(ends[-1] + height + 44)
     if ends[-1] <= _COLUMN_HEIGHT:
         return [range(len(heights))]
-    width = 100 + max(_extent(sketch, row, x)[1] for row in grid.rows) - min(
-        _extent(sketch, row, x)[0] for row in grid.rows
+    width = (
+        100
+        + max(_extent(sketch, row, x)[1] for row in grid.rows)
+        - min(_extent(sketch, row, x)[0] for row in grid.rows)
     )
     count = max(1, round(math.sqrt(_ASPECT * ends[-1] / width)))
     crossing = [sum(len(grid.below.get(point, [])) for point in row) for row in grid.rows]
@@ -1013,8 +1032,8 @@ def _set_columns(picture: _Picture) -> None:
         edge = max((high for _, high in extents), default=left) + shift + 36
     tails = [len(gutter) for gutter in [*picture.gutters[1:], []]]
     picture.width = edge - 36 + _MARGIN
-    picture.height = _MARGIN + 12 + max(
-        bottom + _LANE * tail for bottom, tail in zip(picture.bottom, tails, strict=True)
+    picture.height = (
+        _MARGIN + 12 + max(bottom + _LANE * tail for bottom, tail in zip(picture.bottom, tails, strict=True))
     )
 
 
@@ -1046,9 +1065,7 @@ def _module_frames(picture: _Picture) -> list[tuple[str, float, float, float, fl
 
 def _homes(sketch: _Sketch) -> list[str]:
     """The module to which each node belongs by its name; joins belong to what writes them."""
-    homes = [
-        node.key.removesuffix(".*") if node.kind != "join" else "" for node in sketch.nodes
-    ]
+    homes = [_name(node.key).removesuffix(".*") if node.kind != "join" else "" for node in sketch.nodes]
     for edge in sketch.edges:
         source, target = sketch.nodes[edge.source], sketch.nodes[edge.target]
         if target.kind == "join" and source.kind == "parameter":
@@ -1280,7 +1297,7 @@ def _rail_elements(picture: _Picture) -> list[str]:
         arrow = "" if rail.leaves_hub else _arrow(rail.role)
         elements.append(
             f'<path class="fx-edge fx-trunk fx-{rail.role}" d="{trunk}"{arrow}>'
-            f"<title>{_escaped(f'{rail.role}: {hub}')}</title></path>"
+            f"<title>{_escaped(f'{rail.role}: {_name(hub)}')}</title></path>"
         )
         arrow = _arrow(rail.role) if rail.leaves_hub else ""
         for edge, tap in zip(rail.edges, taps, strict=True):

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from operator import getitem
 
 import networkx as nx
 from torch import fx
@@ -94,9 +95,15 @@ def _visit(
     walk: _Walk, node: fx.Node, capture: Capture, inferred: Inferred, names: Mapping[Leaf, str]
 ) -> None:
     operator = operator_name(node.target)
+    if node.target is getitem:  # one output of an operator with several
+        node_read = node.args[0]
+        assert isinstance(node_read, fx.Node)
+        operands, operator = node_read.all_input_nodes, operator_name(node_read.target)
+    else:
+        operands = node.all_input_nodes
     for space in _held(inferred.tensors[node.name], names):
-        incoming = [walk.sources[item, space] for item in node.all_input_nodes if (item, space) in walk.sources]
-        written = _writers(walk, node, capture, space)
+        incoming = [walk.sources[item, space] for item in operands if (item, space) in walk.sources]
+        written = _writers(walk, operands, capture, space)
         if operator in _JOINS and len(incoming) > 1 and len({frozenset(item) for item in incoming}) > 1:
             incoming = [_join(walk, node, space, incoming)]
         passed: _Sources = {}
@@ -109,10 +116,10 @@ def _visit(
         walk.sources[node, space] = passed
 
 
-def _writers(walk: _Walk, node: fx.Node, capture: Capture, space: str) -> list[str]:
+def _writers(walk: _Walk, operands: Iterable[fx.Node], capture: Capture, space: str) -> list[str]:
     """Return the parameters among a node's operands that hold the space."""
     found = []
-    for item in node.all_input_nodes:
+    for item in operands:
         name = capture.aliases.get(str(item.target), str(item.target))
         if item.op == "get_attr" and name in walk.parameters and space in walk.parameters[name].spaces():
             found.append(name)

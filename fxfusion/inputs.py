@@ -490,9 +490,9 @@ def _open(path: Path) -> dict[str, Array]:
 
 def _open_npz(path: Path) -> dict[str, Array]:
     try:
+        if not zipfile.is_zipfile(path):  # np.load would also take a single array.
+            raise zipfile.BadZipFile("not a zip file")
         with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("it is a single array, not an .npz")
             contents = {name: file[name] for name in sorted(file.files)}
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise CalibrationMismatchError(

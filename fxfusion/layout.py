@@ -94,6 +94,40 @@ class ParameterLayout:
 
 
 @dataclasses.dataclass(frozen=True)
+class ActivationBlock:
+    """A block of an activation, whose batch and sequence lengths are known only when it runs.
+
+    Attributes
+    ----------
+    axes : tuple of AxisBlock or None
+        None for an axis that holds no space: it enumerates samples, however many.
+    sizes : tuple of int
+        Sizes of the axes at which it was inferred.
+    """
+
+    axes: tuple[AxisBlock | None, ...]
+    sizes: tuple[int, ...]
+
+    def bind(self, shape: Sequence[int]) -> Block:
+        """Return the block for an activation of a given shape."""
+        return Block(
+            tuple(
+                AxisBlock(0, (Factor("", actual, 1),)) if part is None else _scale(part, actual, size)
+                for part, actual, size in zip(self.axes, shape, self.sizes, strict=True)
+            )
+        )
+
+
+def _scale(part: AxisBlock, actual: int, size: int) -> AxisBlock:
+    """Stretch the leading fixed factor (a batch folded into a head axis) to the actual size."""
+    first = part.factors[0]
+    if actual == size or first.space:
+        return part
+    stretched = dataclasses.replace(first, size=first.size * actual // size)
+    return AxisBlock(part.offset, (stretched, *part.factors[1:]))
+
+
+@dataclasses.dataclass(frozen=True)
 class _Piece:
     """A block of one axis before the cases of several axes are matched."""
 
@@ -194,18 +228,39 @@ def lay_out(
     """
     blocks = []
     for pieces in tensor_blocks(axes):
-        blocks.append(
-            Block(
-                tuple(
-                    AxisBlock(
-                        piece.offset,
-                        tuple(
-                            Factor(space_of(leaf) if leaf is not None else "", size, stride)
-                            for leaf, size, stride in piece.factors
-                        ),
-                    )
-                    for piece in pieces
-                )
-            )
-        )
+        blocks.append(Block(tuple(_axis_block(piece, space_of) for piece in pieces)))
     return ParameterLayout(name, tuple(shape), tuple(blocks))
+
+
+def activation_blocks(axes: Sequence[Axis], space_of: Callable[[Leaf], str]) -> list[ActivationBlock]:
+    """Return the blocks of an activation that hold spaces.
+
+    Parameters
+    ----------
+    axes : sequence of Axis
+    space_of : callable
+        Name of the space of a leaf, or an empty string.
+
+    Returns
+    -------
+    list of ActivationBlock
+        Empty where a dependence on a summand reaches across axes: such a tensor is not observed.
+    """
+    sizes = tuple(axis.size for axis in axes)
+    choices: list[list[AxisBlock | None]] = []
+    for axis in axes:
+        pieces = [piece for piece in _pieces(axis, 1) if _consistent([piece])]
+        named = [piece for piece in pieces if any(leaf and space_of(leaf) for leaf, _, _ in piece.factors)]
+        if any(piece.required and not piece.chosen for piece in named):
+            return []
+        choices.append([_axis_block(piece, space_of) for piece in named] or [None])
+    if all(choice == [None] for choice in choices):
+        return []
+    return [ActivationBlock(tuple(combination), sizes) for combination in itertools.product(*choices)]
+
+
+def _axis_block(piece: _Piece, space_of: Callable[[Leaf], str]) -> AxisBlock:
+    return AxisBlock(
+        piece.offset,
+        tuple(Factor(space_of(leaf) if leaf else "", size, stride) for leaf, size, stride in piece.factors),
+    )

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import networkx as nx
 
-from fxfusion.layout import ParameterLayout
+from fxfusion.layout import ActivationBlock, ParameterLayout
 
 
 class Symmetry(enum.Enum):
@@ -125,6 +125,8 @@ class Plan:
         The alignment flow graph (see :mod:`fxfusion.flow`).
     layouts : dict of str to ParameterLayout
         How the spaces lie in every parameter and statistics buffer.
+    activations : dict of str to list of ActivationBlock
+        How the spaces lie in the output of every graph node that holds any.
     """
 
     spaces: tuple[Space, ...]
@@ -133,6 +135,7 @@ class Plan:
     limits: tuple[Limit, ...]
     graph: nx.MultiDiGraph
     layouts: dict[str, ParameterLayout] = dataclasses.field(repr=False)
+    activations: dict[str, list[ActivationBlock]] = dataclasses.field(repr=False)
 
     def __getitem__(self, name: str) -> Space:
         for space in self.spaces:

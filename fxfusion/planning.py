@@ -9,7 +9,7 @@ from fxfusion.capture import Capture
 from fxfusion.dependencies import dependencies
 from fxfusion.flow import flow_graph
 from fxfusion.inference import Inferred, infer
-from fxfusion.layout import ParameterLayout, lay_out, tensor_blocks
+from fxfusion.layout import ActivationBlock, ParameterLayout, activation_blocks, lay_out, tensor_blocks
 from fxfusion.plan import Incidence, Limit, Plan, Role, Space, Symmetry
 from fxfusion.rules.context import Use
 
@@ -62,6 +62,7 @@ def make_plan(capture: Capture, outputs: frozenset[int]) -> Plan:
         limits=tuple(_limits(inferred)),
         graph=flow_graph(capture, inferred, movable, layouts, {leaf: names[leaf] for leaf in free}),
         layouts=layouts,
+        activations=_activations(inferred, names),
     )
 
 
@@ -85,6 +86,15 @@ def _incidences(
                         place = Incidence(name, axis, number, position, role)
                         found.setdefault(leaf, {})[place] = None
     return {leaf: list(places) for leaf, places in found.items()}
+
+
+def _activations(inferred: Inferred, names: dict[Leaf, str]) -> dict[str, list[ActivationBlock]]:
+    found = {
+        node: activation_blocks(axes, lambda leaf: names.get(leaf, ""))
+        for node, axes in inferred.tensors.items()
+        if any(leaf in names for axis in axes for leaf in leaves_of(axis))
+    }
+    return {node: blocks for node, blocks in found.items() if blocks}
 
 
 def _roles(inferred: Inferred, read: dict[str, tuple[Axis, ...]]) -> dict[tuple[str, int], Role]:

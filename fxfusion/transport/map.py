@@ -7,7 +7,7 @@ outer space (head_dim below heads) has one entry per unit of the outer space.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -152,6 +152,26 @@ def scope_dimensions(block: Block, dimension: int, scope: Sequence[str]) -> list
         places = [place for place, factor in enumerate(block.factors) if factor.space == name]
         found.append(next((place for place in places if axis_of(block, place) == own), places[0]))
     return found
+
+
+def innermost(
+    block: Block, scopes: Mapping[str, Sequence[str]]
+) -> Iterator[tuple[str, int, list[int]]]:
+    """Yield space, dimension and outer dimensions of the spaces below which the block holds no other.
+
+    Parameters
+    ----------
+    block : Block
+    scopes : mapping of str to sequence of str
+        Outer spaces of every free space.
+    """
+    found = [
+        (factor.space, dimension, scope_dimensions(block, dimension, scopes[factor.space]))
+        for dimension, factor in enumerate(block.factors)
+        if factor.space in scopes
+    ]
+    outer = {dimension for _, _, scope in found for dimension in scope}
+    yield from (item for item in found if item[1] not in outer)
 
 
 def _gather(view: torch.Tensor, dimension: int, index: torch.Tensor, scope: Sequence[int]) -> torch.Tensor:

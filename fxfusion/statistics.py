@@ -1,0 +1,222 @@
+"""Calibration statistics: cross-moments between two parents, streamed, never raw activations.
+
+At every node where a space is written, joined or passed through a nonlinearity, the units of both parents
+are observed over samples, tokens and positions; what is kept is their means, variances and
+cross-covariance (``n_target x n_source`` numbers). Updates follow Chan, Golub and LeVeque (1983), so that
+they are stable whatever the means are, and moments of disjoint data add up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxfusion.capture import Capture
+from fxfusion.execution import Program, State
+from fxfusion.layout import ActivationBlock
+from fxfusion.plan import Plan
+from fxfusion.progress import Progress, silent
+from fxfusion.rules.registry import operator_name
+from fxfusion.transport.hierarchy import Shape
+from fxfusion.transport.map import innermost
+
+
+class CrossMoments:
+    """Streamed first and second moments of two sets of units seen on the same samples.
+
+    Parameters
+    ----------
+    batch, target, source : int
+        Number of independent pairs of sets, and units in each set.
+
+    Examples
+    --------
+    >>> moments = CrossMoments(1, 2, 2)
+    >>> x = torch.tensor([[[1.0, 2.0, 3.0], [2.0, 4.0, 6.0]]])
+    >>> moments.update(x[..., :2], x[..., :2])
+    >>> moments.update(x[..., 2:], x[..., 2:])
+    >>> moments.covariance
+    tensor([[[0.6667, 1.3333],
+             [1.3333, 2.6667]]], dtype=torch.float64)
+    """
+
+    def __init__(self, batch: int, target: int, source: int) -> None:
+        self.count = 0
+        self.mean_target = torch.zeros(batch, target, dtype=torch.float64)
+        self.mean_source = torch.zeros(batch, source, dtype=torch.float64)
+        self.square_target = torch.zeros(batch, target, dtype=torch.float64)
+        self.square_source = torch.zeros(batch, source, dtype=torch.float64)
+        self.cross = torch.zeros(batch, target, source, dtype=torch.float64)
+
+    def update(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Add samples: ``[batch, units, samples]`` of each parent."""
+        batch = CrossMoments(*self.cross.shape)
+        batch.count = target.shape[-1]
+        mean_target, mean_source = target.mean(-1), source.mean(-1)
+        target, source = target - mean_target.unsqueeze(-1), source - mean_source.unsqueeze(-1)
+        batch.mean_target, batch.mean_source = mean_target.double(), mean_source.double()
+        batch.square_target = target.square().sum(-1).double()
+        batch.square_source = source.square().sum(-1).double()
+        batch.cross = torch.matmul(target, source.mT).double()
+        self.add(batch)
+
+    def add(self, other: CrossMoments) -> None:
+        """Add the moments of disjoint samples."""
+        total = self.count + other.count
+        if not total:
+            return
+        shift_target = other.mean_target - self.mean_target
+        shift_source = other.mean_source - self.mean_source
+        weight = self.count * other.count / total
+        self.square_target += other.square_target + weight * shift_target.square()
+        self.square_source += other.square_source + weight * shift_source.square()
+        self.cross += other.cross + weight * shift_target.unsqueeze(-1) * shift_source.unsqueeze(-2)
+        self.mean_target += shift_target * (other.count / total)
+        self.mean_source += shift_source * (other.count / total)
+        self.count = total
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        """Cross-covariance ``[batch, target, source]``."""
+        return self.cross / max(self.count, 1)
+
+    @property
+    def correlation(self) -> torch.Tensor:
+        """Cross-correlation ``[batch, target, source]``, zero for units that do not vary."""
+        deviation = self.square_target.sqrt().unsqueeze(-1) * self.square_source.sqrt().unsqueeze(-2)
+        return torch.where(deviation > 0, self.cross / deviation.clamp_min(1e-300), 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Observation:
+    """Where a space is observed: a block of a node's output, and the dimension that enumerates it.
+
+    Attributes
+    ----------
+    node : str
+    block : ActivationBlock
+    dimension : int
+        Dimension of the block's view with the space's units.
+    scope : tuple of int
+        Dimensions with the units of the outer spaces.
+    """
+
+    node: str
+    block: ActivationBlock
+    dimension: int
+    scope: tuple[int, ...]
+
+
+# Operators after which units are observed. Views and element-wise scalings in between carry nothing new.
+WRITERS = frozenset("linear addmm mm bmm matmul baddbmm conv1d conv2d conv3d convolution embedding".split())
+JOINS = frozenset(["add", "sub"])
+NONLINEAR = frozenset(
+    "relu relu6 gelu silu hardswish hardsigmoid sigmoid tanh elu selu celu leaky_relu mish softplus prelu "
+    "scaled_dot_product_attention".split()
+)
+
+
+def observations(plan: Plan, graph: fx.Graph) -> dict[str, list[Observation]]:
+    """Choose where each space is observed.
+
+    Parameters
+    ----------
+    plan : Plan
+    graph : torch.fx.Graph
+
+    Returns
+    -------
+    dict of str to list of Observation
+        By name of space.
+    """
+    scopes = {space.name: space.scope for space in plan.spaces}
+    found: dict[str, list[Observation]] = {name: [] for name in scopes}
+    for node in graph.nodes:
+        if node.name in plan.activations and _is_observed(node, plan):
+            for block in plan.activations[node.name]:
+                for name, dimension, scope in innermost(block.bind(block.sizes), scopes):
+                    found[name].append(Observation(node.name, block, dimension, tuple(scope)))
+    return found
+
+
+def _is_observed(node: fx.Node, plan: Plan) -> bool:
+    operator = operator_name(node.target)
+    if operator in JOINS:
+        return sum(item.name in plan.activations for item in node.all_input_nodes) > 1
+    return operator in WRITERS or operator in NONLINEAR
+
+
+def collect(
+    capture: Capture,
+    plan: Plan,
+    states: Sequence[State],
+    target: int,
+    batches: Iterable[tuple[Sequence[Any], Mapping[str, Any]]],
+    total: int = 0,
+    progress: Progress = silent,
+) -> list[dict[str, list[CrossMoments]]]:
+    """Stream calibration data through all parents and gather cross-moments with the target.
+
+    Parameters
+    ----------
+    capture, plan
+        The graph that all parents share, and where spaces lie in it.
+    states : sequence of mapping
+        The parents' weights by the names that the graph uses.
+    target : int
+        Position of the parent in whose basis the others will be expressed.
+    batches : iterable of (args, kwargs)
+        Calibration inputs.
+    total : int
+        Number of batches for the progress display, 0 if unknown.
+    progress : callable, optional
+
+    Returns
+    -------
+    list of dict of str to list of CrossMoments
+        Per parent (empty for the target), by space, one per observation.
+    """
+    places = observations(plan, capture.module.graph)
+    shapes = {space.name: Shape.of(plan, space) for space in plan.spaces}
+    moments: list[dict[str, list[CrossMoments]]] = []
+    for index in range(len(states)):
+        moments.append(
+            {
+                name: [
+                    CrossMoments(shapes[name].fixed, *[shapes[name].outer * shapes[name].size] * 2) for _ in where
+                ]
+                for name, where in places.items()
+                if index != target
+            }
+        )
+    at_node: dict[str, list[tuple[str, int, Observation]]] = {}
+    for name, where in places.items():
+        for number, observation in enumerate(where):
+            at_node.setdefault(observation.node, []).append((name, number, observation))
+
+    def observe(node: fx.Node, values: Sequence[torch.Tensor]) -> None:
+        for name, number, observation in at_node.get(node.name, ()):
+            seen = [_samples(value, observation, shapes[name]) for value in values]
+            for index, sample in enumerate(seen):
+                if index != target:
+                    moments[index][name][number].update(seen[target], sample)
+
+    program = Program(capture)
+    for done, (args, kwargs) in enumerate(batches, start=1):
+        program.run(states, args, kwargs, observe=observe)
+        progress("calibrate", done, total)
+    return moments
+
+
+def _samples(value: torch.Tensor, observation: Observation, shape: Shape) -> torch.Tensor:
+    """Return an activation as ``[fixed outer units, outer * own units, samples]`` in float32 or wider."""
+    block = observation.block.bind(value.shape)
+    view = block.view(value)
+    leading = [*observation.scope, observation.dimension]
+    rest = [axis for axis in range(view.ndim) if axis not in leading]
+    view = view.permute(*leading, *rest).reshape(shape.fixed, shape.outer * shape.size, -1)
+    return view if view.dtype is torch.float64 else view.float()

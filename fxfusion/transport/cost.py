@@ -1,0 +1,284 @@
+"""Ground costs: how far a unit of the target is from a unit of the source.
+
+Weights
+    The squared Euclidean distance between everything that a unit writes and reads, both parents'
+    parameters scaled to unit root mean square and the source's other axes carried by the transports
+    found so far (activations aside, the objective of weight matching: Ainsworth, Hayase and Srinivasa,
+    Git Re-Basin, ICLR 2023, summed over all incidences of a space).
+Activations
+    One minus the correlation of two units over calibration samples, averaged over the places where the
+    space is observed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from fxfusion.layout import Block
+from fxfusion.plan import Plan, Space
+from fxfusion.statistics import CrossMoments
+from fxfusion.symmetry import reading_axes
+from fxfusion.transport.hierarchy import Shape, Solution, Tree
+from fxfusion.transport.map import Maps, innermost, scope_dimensions, transport_block
+
+State = Mapping[str, torch.Tensor]
+
+
+def activation_cost(plan: Plan, space: Space, moments: Sequence[CrossMoments]) -> torch.Tensor:
+    """Return the cost of a space from calibration moments.
+
+    Parameters
+    ----------
+    plan : Plan
+    space : Space
+    moments : sequence of CrossMoments
+        One per observation, ``[fixed, outer * n, outer * n]``.
+
+    Returns
+    -------
+    torch.Tensor
+        float64, of shape :attr:`fxfusion.transport.hierarchy.Shape.cost`.
+    """
+    shape = Shape.of(plan, space)
+    total = torch.zeros(shape.cost, dtype=torch.float64)
+    for item in moments:
+        total += _pairs(1.0 - item.correlation, shape)
+    return total / max(len(moments), 1)
+
+
+def _pairs(matrix: torch.Tensor, shape: Shape) -> torch.Tensor:
+    """Reshape ``[fixed, outer * n, outer * n]`` to pairs of outer units times pairs of units."""
+    return matrix.reshape(shape.fixed, shape.outer, shape.size, shape.outer, shape.size).permute(0, 1, 3, 2, 4)
+
+
+@dataclasses.dataclass(eq=False)
+class WeightCost:
+    """Costs of a tree's spaces from weights.
+
+    Parameters
+    ----------
+    plan : Plan
+    target, source : mapping of str to torch.Tensor
+        Weights by the names that the graph uses.
+    """
+
+    plan: Plan
+    target: State
+    source: State
+
+    def __post_init__(self) -> None:
+        self._reading = reading_axes(self.plan)
+        self._scopes = {space.name: space.scope for space in self.plan.spaces}
+        self._holders: dict[str, list[str]] = {}
+        for name, layout in self.plan.layouts.items():
+            for space in layout.spaces():
+                self._holders.setdefault(space, []).append(name)
+        self._scaled: dict[tuple[int, str], torch.Tensor | None] = {}
+
+    def parameters(self, tree: Tree) -> list[str]:
+        """Return the parameters that hold a space of the tree, in the plan's order."""
+        found = {name for space in tree.names for name in self._holders.get(space, ())}
+        return [name for name in self.plan.layouts if name in found]
+
+    def anchored(self, tree: Tree, solved: frozenset[str]) -> int:
+        """Return how many elements per unit can be compared when only some spaces are solved."""
+        return sum(
+            block.volume // tree.root.size
+            for name in self.parameters(tree)
+            for block in self.plan.layouts[name].blocks
+            if tree.names & {factor.space for factor in block.factors}
+            and not self._unsolved(block, tree, solved)
+        )
+
+    def _unsolved(self, block: Block, tree: Tree, solved: frozenset[str]) -> list[int]:
+        return [
+            dimension
+            for dimension, factor in enumerate(block.factors)
+            if factor.space in self._scopes and factor.space not in tree.names and factor.space not in solved
+        ]
+
+    def costs(
+        self,
+        tree: Tree,
+        maps: Maps,
+        solutions: Mapping[str, Solution],
+        partial: bool = False,
+    ) -> dict[str, torch.Tensor]:
+        """Return the cost of every space of a tree.
+
+        Parameters
+        ----------
+        tree : Tree
+        maps : mapping
+            Transports found so far; an axis of a space without one is compared by its sorted values,
+            which no permutation changes.
+        solutions : mapping
+            Solutions found so far of the tree's own spaces.
+        partial : bool
+            Leave out what holds an unsolved space, where anything else is left.
+
+        Returns
+        -------
+        dict of str to torch.Tensor
+            float64, of shape :attr:`fxfusion.transport.hierarchy.Shape.cost`.
+        """
+        shapes = {space.name: Shape.of(self.plan, space) for space in tree.members}
+        total = {name: torch.zeros(shape.cost, dtype=torch.float64) for name, shape in shapes.items()}
+        skip = partial and self.anchored(tree, frozenset(maps)) > 0
+        for name in self.parameters(tree):
+            left, right = self._standardised(0, name), self._standardised(1, name)
+            if left is None or right is None:
+                continue
+            for block in self.plan.layouts[name].blocks:
+                if skip and self._unsolved(block, tree, frozenset(maps)):
+                    continue
+                carried = transport_block(
+                    block, block.view(right), maps, self._reading.get(name, frozenset()), skip=tree.names
+                )
+                for space, dimension, scope in innermost(block, self._scopes):
+                    if space in tree.names:
+                        place = _Place(block, dimension, scope, shapes[space])
+                        views = block.view(left), carried
+                        total[space] += self._distance(place, tree, *views, maps, solutions)
+        return total
+
+    def _standardised(self, side: int, name: str) -> torch.Tensor | None:
+        """Return a parameter in float32 at unit root mean square, a vector centred; None if constant."""
+        key = (side, name)
+        if key not in self._scaled:
+            value = (self.source if side else self.target)[name].detach().float().contiguous()
+            if value.ndim == 1:
+                value = value - value.mean()
+            scale = value.square().mean().sqrt()
+            self._scaled[key] = value / scale if scale > 1e-7 else None
+        return self._scaled[key]
+
+    def _distance(
+        self,
+        place: _Place,
+        tree: Tree,
+        left: torch.Tensor,
+        right: torch.Tensor,
+        maps: Maps,
+        solutions: Mapping[str, Solution],
+    ) -> torch.Tensor:
+        siblings, unknown = [], []
+        for dimension, factor in enumerate(place.block.factors):
+            if dimension in place.leading or factor.space not in self._scopes:
+                continue
+            if factor.space not in tree.names:
+                if factor.space not in maps:
+                    unknown.append(dimension)
+            elif self._is_sibling(place, dimension) and factor.space in solutions:
+                siblings.append((dimension, factor.space))
+            elif dimension not in self._outer_of_siblings(place.block, tree):
+                unknown.append(dimension)
+        if not siblings:
+            return place.distance(left, right, unknown)
+        return self._distance_beside(place, left, right, siblings, unknown, solutions)
+
+    def _is_sibling(self, place: _Place, dimension: int) -> bool:
+        """Return whether a dimension's space lies below exactly the outer spaces of the compared one."""
+        names = [place.block.factors[outer].space for outer in place.scope]
+        return list(self._scopes[place.block.factors[dimension].space]) == names
+
+    def _outer_of_siblings(self, block: Block, tree: Tree) -> set[int]:
+        return {
+            outer
+            for dimension, factor in enumerate(block.factors)
+            if factor.space in tree.names
+            for outer in scope_dimensions(block, dimension, self._scopes[factor.space])
+        }
+
+    def _distance_beside(
+        self,
+        place: _Place,
+        left: torch.Tensor,
+        right: torch.Tensor,
+        siblings: Sequence[tuple[int, str]],
+        unknown: Sequence[int],
+        solutions: Mapping[str, Solution],
+    ) -> torch.Tensor:
+        """Distance where other spaces of the same tree lie beside: each pair of outer units has its own map."""
+        rows = []
+        for unit in range(place.shape.outer):
+            moved = right
+            for dimension, space in siblings:
+                scope = scope_dimensions(place.block, dimension, self._scopes[space])
+                moved = _apply_row(moved, dimension, scope, solutions[space], unit)
+            chosen = place.row(left, unit)
+            rows.append(place.distance(chosen, moved, unknown, rows=1))
+        return torch.cat(rows, dim=1)
+
+
+def _apply_row(
+    view: torch.Tensor, dimension: int, scope: Sequence[int], solution: Solution, unit: int
+) -> torch.Tensor:
+    """Move a sibling's units as if every source outer unit were matched to the target's ``unit``."""
+    table = solution.index if solution.index is not None else solution.plan
+    assert table is not None
+    row = table[:, unit]  # [fixed, source outer, n(, n)]
+    outer = [view.shape[place] for place in scope]
+    row = row.reshape(*outer, *row.shape[2:])
+    if solution.index is not None:
+        order = sorted(range(len(scope) + 1), key=[*scope, dimension].__getitem__)
+        shape = [1] * view.ndim
+        for place, size in zip([*scope, dimension], row.shape, strict=True):
+            shape[place] = size
+        return torch.take_along_dim(view, row.permute(order).reshape(shape), dimension)
+    row = row / row.sum(-1, keepdim=True)
+    labels = list(range(view.ndim))
+    result = [view.ndim if place == dimension else place for place in labels]
+    return torch.einsum(view, labels, row.to(view.dtype), [*scope, view.ndim, dimension], result)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where in a block a space is compared."""
+
+    block: Block
+    dimension: int
+    scope: Sequence[int]
+    shape: Shape
+
+    @property
+    def leading(self) -> list[int]:
+        return [*self.scope, self.dimension]
+
+    def row(self, view: torch.Tensor, unit: int) -> torch.Tensor:
+        """Return the target's view confined to one flat free outer unit."""
+        free, count = [], 1
+        for place in reversed(self.scope):
+            if count < self.shape.outer:
+                free.append(place)
+                count *= view.shape[place]
+        for place in free:  # innermost first
+            unit, remainder = divmod(unit, view.shape[place])
+            view = view.narrow(place, remainder, 1)
+        return view
+
+    def distance(
+        self, left: torch.Tensor, right: torch.Tensor, unknown: Sequence[int], rows: int | None = None
+    ) -> torch.Tensor:
+        """Squared distances ``[fixed, target outer, source outer, n, n]``."""
+        a = self._features(left, unknown, rows or self.shape.outer)
+        b = self._features(right, unknown, self.shape.outer)
+        shape = self.shape
+        cross = torch.matmul(a.flatten(1, 2), b.flatten(1, 2).mT)
+        cross = cross.reshape(shape.fixed, a.shape[1], shape.size, shape.outer, shape.size).permute(0, 1, 3, 2, 4)
+        norms_a = a.square().sum(-1)[:, :, None, :, None]
+        norms_b = b.square().sum(-1)[:, None, :, None, :]
+        return (norms_a + norms_b - 2.0 * cross).double()
+
+    def _features(self, view: torch.Tensor, unknown: Sequence[int], outer: int) -> torch.Tensor:
+        """Return ``[fixed, outer, n, features]``, values along unknown axes sorted."""
+        known = [axis for axis in range(view.ndim) if axis not in self.leading and axis not in unknown]
+        view = view.permute(*self.leading, *known, *unknown)
+        lead = len(self.leading)
+        if unknown:
+            view = view.flatten(view.ndim - len(unknown)).sort(-1).values
+        return view.reshape(self.shape.fixed, outer, self.shape.size, math.prod(view.shape[lead:]))

@@ -1,0 +1,237 @@
+"""Spaces below spaces, solved together: head_dim below heads, query heads below key heads.
+
+How well head i of the target matches head j of the source is the optimal inner assignment between them.
+So the inner problems are solved for every pair of outer units, and their values are the outer cost
+(two-level matching; exact for the joint problem, since the inner problems are independent).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from fxfusion.plan import Plan, Space, Symmetry
+from fxfusion.transport.assignment import assign
+from fxfusion.transport.map import HardMap, Map, SoftMap
+from fxfusion.transport.sinkhorn import sinkhorn
+
+
+@dataclasses.dataclass(frozen=True)
+class Coupling:
+    """Which coupling to solve for: hard (``regularisation`` None) or soft."""
+
+    regularisation: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """A free space and all spaces below it.
+
+    Attributes
+    ----------
+    root : Space
+    members : tuple of Space
+        The root and everything below it, outer spaces first.
+    """
+
+    root: Space
+    members: tuple[Space, ...]
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the members."""
+        return frozenset(space.name for space in self.members)
+
+
+def trees(plan: Plan) -> list[Tree]:
+    """Group a plan's spaces into trees of nested spaces, in the plan's order."""
+    fixed = {space.name for space in plan.fixed}
+    roots = [space for space in plan.spaces if not set(space.scope) - fixed]
+    return [
+        Tree(root, (root, *sorted((s for s in plan.spaces if root.name in s.scope), key=lambda s: len(s.scope))))
+        for root in roots
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The dimensions of a space's cost: fixed outer units, free outer units, own units."""
+
+    fixed: int
+    outer: int
+    size: int
+
+    @classmethod
+    def of(cls, plan: Plan, space: Space) -> Shape:
+        """Return the dimensions for a space of a plan."""
+        fixed = {item.name for item in plan.fixed}
+        return cls(
+            math.prod(plan.scope_size(name) for name in space.scope if name in fixed),
+            math.prod(plan.scope_size(name) for name in space.scope if name not in fixed),
+            space.size,
+        )
+
+    @property
+    def cost(self) -> tuple[int, int, int, int, int]:
+        """``[fixed, target outer, source outer, target units, source units]``."""
+        return self.fixed, self.outer, self.outer, self.size, self.size
+
+
+@dataclasses.dataclass(eq=False)
+class Solution:
+    """A solved space: its plan for every pair of outer units.
+
+    Attributes
+    ----------
+    index : torch.Tensor or None
+        Hard: int64 ``[fixed, target outer, source outer, target units]``.
+    plan : torch.Tensor or None
+        Soft: ``[fixed, target outer, source outer, target units, source units]``.
+    values : torch.Tensor
+        ``[fixed, target outer, source outer]``: the optimal cost of each pair.
+    """
+
+    index: torch.Tensor | None
+    plan: torch.Tensor | None
+    values: torch.Tensor
+
+
+def solve_tree(
+    plan: Plan, tree: Tree, costs: Mapping[str, torch.Tensor], coupling: Coupling
+) -> dict[str, Solution]:
+    """Solve a tree of spaces, innermost first.
+
+    Parameters
+    ----------
+    plan : Plan
+    tree : Tree
+    costs : mapping of str to torch.Tensor
+        Per space, of shape :attr:`Shape.cost`.
+    coupling : Coupling
+
+    Returns
+    -------
+    dict of str to Solution
+    """
+    solved: dict[str, Solution] = {}
+    for space in reversed(tree.members):
+        shape = Shape.of(plan, space)
+        cost = costs[space.name].clone()
+        for child in tree.members:
+            if len(child.scope) and child.scope[-1] == space.name:
+                cost += _child_values(plan, space, child, solved[child.name])
+        flat = cost.reshape(-1, shape.size, shape.size)
+        if coupling.regularisation is None:
+            index, values = assign(flat)
+            solved[space.name] = Solution(index.reshape(shape.cost[:4]), None, values.reshape(shape.cost[:3]))
+        else:
+            plans, values = sinkhorn(flat, coupling.regularisation)
+            solved[space.name] = Solution(None, plans.reshape(shape.cost), values.reshape(shape.cost[:3]))
+    return solved
+
+
+def _child_values(plan: Plan, parent: Space, child: Space, solution: Solution) -> torch.Tensor:
+    """Return a child's optimal costs as a cost of the parent, fixed units that only it has summed out."""
+    shape = Shape.of(plan, parent)
+    values = solution.values.reshape(shape.fixed, -1, *solution.values.shape[1:]).sum(1)
+    outer, size = shape.outer, shape.size
+    return values.reshape(shape.fixed, outer, size, outer, size).permute(0, 1, 3, 2, 4)
+
+
+def to_maps(plan: Plan, tree: Tree, solved: Mapping[str, Solution]) -> dict[str, Map]:
+    """Return the transports of a solved tree: of the pairs of outer units, those that were matched."""
+    maps: dict[str, Map] = {}
+    for space in tree.members:
+        solution = solved[space.name]
+        fixed = {item.name for item in plan.fixed}
+        sizes = [plan.scope_size(name) for name in space.scope]
+        if solution.plan is not None:
+            maps[space.name] = SoftMap.from_coupling(_spread(solution.plan, sizes, len(fixed & set(space.scope))), space.scope)
+            continue
+        assert solution.index is not None
+        matched = _matched_outer(plan, space, maps)  # [fixed, outer]: source outer unit of each target one
+        picked = solution.index.gather(
+            2, matched[:, :, None, None].expand(-1, -1, 1, solution.index.shape[-1])
+        ).squeeze(2)
+        maps[space.name] = HardMap(space.scope, picked.reshape(*sizes, space.size))
+    return maps
+
+
+def _matched_outer(plan: Plan, space: Space, maps: Mapping[str, Map]) -> torch.Tensor:
+    """Return which flat source outer unit each flat target outer unit takes: ``[fixed, outer]``."""
+    shape = Shape.of(plan, space)
+    flat = torch.zeros(shape.fixed, 1, dtype=torch.int64)
+    for name in space.scope:
+        item = maps.get(name)
+        if item is None:
+            continue
+        assert isinstance(item, HardMap)
+        index = item.index.reshape(-1, *flat.shape[1:2], item.index.shape[-1])
+        index = index.repeat_interleave(shape.fixed // index.shape[0], 0)
+        flat = (flat.unsqueeze(-1) * index.shape[-1] + index).flatten(1)
+    return flat
+
+
+def _spread(coupling: torch.Tensor, sizes: Sequence[int], fixed: int) -> torch.Tensor:
+    """Reshape ``[fixed, outer, outer, n, n]`` to target and source dimensions per outer space."""
+    free = list(sizes[fixed:])
+    count = len(free)
+    view = coupling.reshape(*sizes[:fixed], *free, *free, *coupling.shape[-2:])
+    order = [fixed + index + side * count for index in range(count) for side in (0, 1)]
+    view = view.permute(*range(fixed), *order, -2, -1)
+    for axis in range(fixed):  # a fixed unit couples with itself only
+        view = torch.diag_embed(view.movedim(2 * axis, -1)).movedim((-2, -1), (2 * axis, 2 * axis + 1))
+    return view
+
+
+def identity(plan: Plan, tree: Tree) -> dict[str, Solution]:
+    """Return the solution that leaves every unit in its place."""
+    solved = {}
+    for space in tree.members:
+        shape = Shape.of(plan, space)
+        index = torch.arange(space.size).expand(*shape.cost[:4])
+        solved[space.name] = Solution(index, None, torch.zeros(shape.cost[:3]))
+    return solved
+
+
+def cost_of(
+    plan: Plan, tree: Tree, costs: Mapping[str, torch.Tensor], solved: Mapping[str, Solution]
+) -> float:
+    """Return the total cost of a tree's solution, its outer pairs weighted by how far they are matched.
+
+    Parameters
+    ----------
+    plan : Plan
+    tree : Tree
+    costs : mapping of str to torch.Tensor
+        Per space, of shape :attr:`Shape.cost`.
+    solved : mapping of str to Solution
+
+    Returns
+    -------
+    float
+    """
+    total = 0.0
+    matched: dict[str, torch.Tensor] = {}  # weight of each pair of units: [fixed, outer * n, outer * n]
+    for space in tree.members:
+        shape = Shape.of(plan, space)
+        parent = matched.get(space.scope[-1]) if space.scope else None
+        pairs = torch.ones(shape.cost[:3], dtype=torch.float64)
+        if parent is not None:
+            pairs = parent.repeat_interleave(shape.fixed // parent.shape[0], 0)
+        weights = pairs[..., None, None] * _rows(solved[space.name], space.size)
+        total += float((weights * costs[space.name]).sum())
+        wide = shape.outer * shape.size
+        matched[space.name] = weights.permute(0, 1, 3, 2, 4).reshape(shape.fixed, wide, wide)
+    return total
+
+
+def _rows(solution: Solution, size: int) -> torch.Tensor:
+    """Return a solution's plans with rows that sum to one."""
+    if solution.index is not None:
+        return torch.nn.functional.one_hot(solution.index, size).double()
+    assert solution.plan is not None
+    return solution.plan.double() / solution.plan.double().sum(-1, keepdim=True)
