@@ -1,1 +1,36 @@
-"""fxfusion: fuse independently trained networks with optimal transport, for any traceable model."""
+"""fxfusion: fuse independently trained networks with optimal transport, for any traceable model.
+
+============================  ===========================================================
+:func:`plan`                  infer which units of a model may be permuted
+:func:`certify`               check that on the model itself, in float64
+:func:`scramble`              a random symmetric twin: other weights, the same function
+:func:`fuse`                  align two or more parents and average them
+:func:`prepare`               capture a model, to run :mod:`fxfusion.passes` on it oneself
+============================  ===========================================================
+"""
+
+from fxfusion.certify import Certificate
+from fxfusion.errors import FusionError
+from fxfusion.pipeline import FusionResult, certify, fuse, plan, prepare, scramble
+from fxfusion.plan import Incidence, Limit, Plan, Role, Space, Symmetry
+from fxfusion.report import FusionReport
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Certificate",
+    "FusionError",
+    "FusionReport",
+    "FusionResult",
+    "Incidence",
+    "Limit",
+    "Plan",
+    "Role",
+    "Space",
+    "Symmetry",
+    "certify",
+    "fuse",
+    "plan",
+    "prepare",
+    "scramble",
+]

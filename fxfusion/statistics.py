@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from operator import getitem
 from typing import Any
 
 import torch
@@ -118,6 +119,7 @@ NONLINEAR = frozenset(
     "relu relu6 gelu silu hardswish hardsigmoid sigmoid tanh elu selu celu leaky_relu mish softplus prelu "
     "scaled_dot_product_attention".split()
 )
+NORMS = frozenset("layer_norm rms_norm group_norm batch_norm _native_batch_norm_legit_no_training".split())
 
 
 def observations(plan: Plan, graph: fx.Graph) -> dict[str, list[Observation]]:
@@ -144,10 +146,10 @@ def observations(plan: Plan, graph: fx.Graph) -> dict[str, list[Observation]]:
 
 
 def _is_observed(node: fx.Node, plan: Plan) -> bool:
-    operator = operator_name(node.target)
+    operator = operator_name(node.args[0].target if node.target is getitem else node.target)  # type: ignore[union-attr]
     if operator in JOINS:
         return sum(item.name in plan.activations for item in node.all_input_nodes) > 1
-    return operator in WRITERS or operator in NONLINEAR
+    return operator in WRITERS or operator in NONLINEAR or operator in NORMS
 
 
 def collect(

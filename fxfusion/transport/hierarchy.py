@@ -197,10 +197,12 @@ def identity(plan: Plan, tree: Tree) -> dict[str, Solution]:
     return solved
 
 
-def cost_of(
+def costs_of(
     plan: Plan, tree: Tree, costs: Mapping[str, torch.Tensor], solved: Mapping[str, Solution]
-) -> float:
-    """Return the total cost of a tree's solution, its outer pairs weighted by how far they are matched.
+) -> dict[str, float]:
+    """Return what a tree's solution costs, per space and with the spaces below it.
+
+    Outer pairs are weighted by how far they are matched, so that soft solutions have a cost too.
 
     Parameters
     ----------
@@ -212,9 +214,10 @@ def cost_of(
 
     Returns
     -------
-    float
+    dict of str to float
+        By name of space; the root's is the whole tree's cost.
     """
-    total = 0.0
+    own: dict[str, float] = {}
     matched: dict[str, torch.Tensor] = {}  # weight of each pair of units: [fixed, outer * n, outer * n]
     for space in tree.members:
         shape = Shape.of(plan, space)
@@ -223,10 +226,13 @@ def cost_of(
         if parent is not None:
             pairs = parent.repeat_interleave(shape.fixed // parent.shape[0], 0)
         weights = pairs[..., None, None] * _rows(solved[space.name], space.size)
-        total += float((weights * costs[space.name]).sum())
+        own[space.name] = float((weights * costs[space.name]).sum())
         wide = shape.outer * shape.size
         matched[space.name] = weights.permute(0, 1, 3, 2, 4).reshape(shape.fixed, wide, wide)
-    return total
+    return {
+        space.name: own[space.name] + sum(own[item.name] for item in tree.members if space.name in item.scope)
+        for space in tree.members
+    }
 
 
 def _rows(solution: Solution, size: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ from fxfusion.plan import Plan
 from fxfusion.progress import Progress, silent
 from fxfusion.statistics import CrossMoments
 from fxfusion.transport.cost import State, WeightCost, activation_cost
-from fxfusion.transport.hierarchy import Coupling, Solution, Tree, cost_of, identity, solve_tree, to_maps, trees
+from fxfusion.transport.hierarchy import Coupling, Solution, Tree, costs_of, identity, solve_tree, to_maps, trees
 from fxfusion.transport.map import Map
 
 MAXIMAL_SWEEPS = 30
@@ -31,8 +31,8 @@ class Alignment:
     ----------
     maps : dict of str to HardMap or SoftMap
     before, after : dict of str to float
-        Per root space: mean ground cost of a unit under the identity pairing and under the transport,
-        including the spaces below it.
+        Per space: ground cost, including the spaces below it, under the identity pairing and under the
+        transport; squared distances for weights, sums of one minus correlation for activations.
     sweeps : int
         Number of block-coordinate sweeps (0 from activations).
     """
@@ -44,9 +44,16 @@ class Alignment:
 
 
 def align_activations(
-    plan: Plan, moments: Mapping[str, Sequence[CrossMoments]], coupling: Coupling
+    plan: Plan,
+    moments: Mapping[str, Sequence[CrossMoments]],
+    coupling: Coupling,
+    target: State,
+    source: State,
 ) -> Alignment:
     """Solve every space from calibration moments.
+
+    A tree of spaces that no activation shows (a table that only parameters meet) is solved from weights,
+    after the others.
 
     Parameters
     ----------
@@ -54,17 +61,32 @@ def align_activations(
     moments : mapping of str to sequence of CrossMoments
         From :func:`fxfusion.statistics.collect`.
     coupling : Coupling
+    target, source : mapping of str to torch.Tensor
+        Weights by the names that the graph uses.
 
     Returns
     -------
     Alignment
     """
     solver = _Solver(plan, coupling)
-    for tree in trees(plan):
-        costs = {space.name: activation_cost(plan, space, moments[space.name]) for space in tree.members}
+    weights = WeightCost(plan, target, source)
+    unseen = [tree for tree in trees(plan) if not _is_seen(tree, moments)]
+    for tree in [*(tree for tree in trees(plan) if _is_seen(tree, moments)), *unseen]:
+        if tree in unseen:
+            costs = weights.costs(tree, solver.alignment.maps, solver.solutions)
+        else:
+            costs = {space.name: activation_cost(plan, space, moments[space.name]) for space in tree.members}
         solver.accept(tree, solve_tree(plan, tree, costs, coupling))
         solver.record(tree, costs)
     return solver.alignment
+
+
+def _is_seen(tree: Tree, moments: Mapping[str, Sequence[CrossMoments]]) -> bool:
+    """Return whether every space of a tree, or a space below it, was observed."""
+    return all(
+        moments[space.name] or any(moments[below.name] for below in tree.members if space.name in below.scope)
+        for space in tree.members
+    )
 
 
 def align_weights(
@@ -122,7 +144,9 @@ class _Solver:
         """Solve a tree anew given all other transports; keep the result if it costs less."""
         costs = weights.costs(tree, self.alignment.maps, self.solutions)
         solved = solve_tree(self.plan, tree, costs, self.coupling)
-        old, new = (cost_of(self.plan, tree, costs, item) for item in (self.solutions, solved))
+        old, new = (
+            costs_of(self.plan, tree, costs, item)[tree.root.name] for item in (self.solutions, solved)
+        )
         improved = new < old - _IMPROVEMENT * abs(old)
         if improved:
             self.accept(tree, solved)
@@ -130,8 +154,6 @@ class _Solver:
         return improved
 
     def record(self, tree: Tree, costs: Mapping[str, torch.Tensor]) -> None:
-        """Note the mean cost per unit of the root, before and after."""
-        name, size = tree.root.name, tree.root.size
-        before = identity(self.plan, tree)
-        self.alignment.before[name] = cost_of(self.plan, tree, costs, before) / size
-        self.alignment.after[name] = cost_of(self.plan, tree, costs, self.solutions) / size
+        """Note what each space costs, before and after."""
+        self.alignment.before.update(costs_of(self.plan, tree, costs, identity(self.plan, tree)))
+        self.alignment.after.update(costs_of(self.plan, tree, costs, self.solutions))

@@ -191,6 +191,8 @@ def _contract(
 ) -> torch.Tensor:
     """Apply soft maps, an outer space together with all that lies below it."""
     pending = dict(soft)
+    if view.dtype in (torch.float16, torch.bfloat16):
+        view = view.float()
     for dimension, item in soft:
         if item.scope and any(place in pending for place in scope_dimensions(block, dimension, item.scope)):
             continue
@@ -213,6 +215,6 @@ def _contract_group(
         for outer in scope_dimensions(block, dimension, item.scope):
             labels += [target[outer], source[outer]]
         side = item.read if axis_of(block, dimension) in reading else item.write
-        operands += [side, [*labels, target[dimension], source[dimension]]]
-    operands += [view.to(side.dtype), source, target]
+        operands += [side.to(view.dtype), [*labels, target[dimension], source[dimension]]]
+    operands += [view, source, target]
     return torch.einsum(*operands)

@@ -1,0 +1,442 @@
+"""The pipeline, and the public functions that run it. Only this module knows the order of passes."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.passes.infra.pass_manager import PassManager
+
+from fxfusion.calibration import Batches
+from fxfusion.capture import Model, capture
+from fxfusion.certify import TOLERANCE, Certificate, certify_plan
+from fxfusion.errors import CalibrationRequiredError, CertificationError, InvalidWeightError
+from fxfusion.passes.align import Align
+from fxfusion.passes.apply_transports import ApplyTransports
+from fxfusion.passes.merge import Merge
+from fxfusion.passes.normalize import Normalize
+from fxfusion.passes.propagate import Propagate
+from fxfusion.passes.repair import Repair
+from fxfusion.plan import Plan
+from fxfusion.progress import Progress, silent
+from fxfusion.report import FusionReport, SpaceRow
+from fxfusion.state import KEY, FusionState, attach, state_of
+from fxfusion.symmetry import act, complete, random_maps
+from fxfusion.transport.hierarchy import Coupling
+from fxfusion.validation import check_choice, check_parents, check_shares, model_name, state_dict_of
+
+FEATURES = ("activations", "weights")
+COUPLINGS = ("hard", "soft")
+SOFT_REGULARISATION = 0.05
+LARGEST_DOUBLE = 4 << 30  # bytes of float64 weights that certification may hold
+
+
+def prepare(model: Model, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> fx.GraphModule:
+    """Capture a model as a graph module on which fxfusion's passes run.
+
+    Parameters
+    ----------
+    model : torch.nn.Module, torch.fx.GraphModule or torch.export.ExportedProgram
+    args, kwargs : sequence, mapping
+        Example inputs.
+
+    Returns
+    -------
+    torch.fx.GraphModule
+        Functional ATen graph with the model's parameter names; its tensors are the model's own.
+
+    Raises
+    ------
+    CaptureError
+        If ``torch.export`` refuses the model.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch.fx.passes.infra.pass_manager import PassManager
+    >>> from fxfusion.passes.normalize import Normalize
+    >>> from fxfusion.passes.propagate import Propagate
+    >>> graph_module = prepare(torch.nn.Linear(3, 2), (torch.randn(2, 3),))
+    >>> result = PassManager([Normalize(), Propagate()])(graph_module)
+    >>> state_of(result.graph_module, "plan").plan.spaces
+    ()
+    """
+    return attach(capture(model, args, kwargs))
+
+
+def plan(
+    model: Model,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    outputs: Sequence[str] | None = None,
+) -> Plan:
+    """Infer the spaces of a model: which units may be permuted without changing its function.
+
+    Parameters
+    ----------
+    model : torch.nn.Module, torch.fx.GraphModule or torch.export.ExportedProgram
+        It may lie on the meta device.
+    args, kwargs : sequence, mapping
+        Example inputs.
+    outputs : sequence of str, optional
+        Names of the outputs that must be kept; by default ``logits`` if there is such an output, else all.
+
+    Returns
+    -------
+    Plan
+
+    Raises
+    ------
+    CaptureError
+        If ``torch.export`` refuses the model.
+    OutputSelectionError
+        If an output does not exist.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> [(space.name, space.size) for space in plan(model, (torch.randn(2, 4),)).spaces]
+    [('0.weight[0]', 8)]
+    """
+    found = _planned(model, args, kwargs, outputs).plan
+    assert found is not None
+    return found
+
+
+def certify(
+    model: Model,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    outputs: Sequence[str] | None = None,
+) -> Certificate:
+    """Check that a random element of the inferred symmetry group leaves the function unchanged.
+
+    The check runs in float64 on the example inputs and on a second, random input.
+
+    Parameters
+    ----------
+    model, args, kwargs, outputs
+        As for :func:`plan`; the model must have weights.
+    seed : int
+        Draws the group element and the second input.
+
+    Returns
+    -------
+    Certificate
+        ``.ok``, ``.max_relative_error`` and ``.moved``, the fraction of parameter elements that changed.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> certify(model, (torch.randn(2, 4),)).ok
+    True
+    """
+    state = _planned(model, args, kwargs, outputs)
+    assert state.plan is not None
+    weights = state.capture.canonical(_real_state(model))
+    return certify_plan(state.capture, state.plan, weights, state.outputs, seed)
+
+
+def scramble(
+    model: Model,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    outputs: Sequence[str] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Return a random symmetric twin: other weights, the same function.
+
+    Parameters
+    ----------
+    model, args, kwargs, outputs
+        As for :func:`plan`; the model must have weights and is not touched.
+    seed : int
+        Draws the group element.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        A state dict that loads strict into the model's class.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> x = torch.randn(2, 4)
+    >>> before = model(x)
+    >>> twin = scramble(model, (x,))
+    >>> bool((twin["0.weight"] == model[0].weight).all())
+    False
+    >>> _ = model.load_state_dict(twin)
+    >>> torch.allclose(model(x), before, atol=1e-6)
+    True
+    """
+    state = _planned(model, args, kwargs, outputs)
+    assert state.plan is not None
+    full = _real_state(model)
+    maps = random_maps(state.plan, torch.Generator().manual_seed(seed))
+    twin = complete(state.capture, act(state.plan, maps, state.capture.canonical(full)), full)
+    return {name: tensor.clone() for name, tensor in twin.items()}
+
+
+@dataclasses.dataclass(eq=False)
+class FusionResult:
+    """The result of :func:`fuse`.
+
+    Attributes
+    ----------
+    module : torch.fx.GraphModule
+        The fused network, ready to run; takes the inputs that the target was captured with.
+    report : FusionReport
+        Per space: size, symmetry, cost before and after, writers; ``.save_html(path)``.
+    plan : Plan
+        The spaces and the alignment flow graph.
+    """
+
+    module: fx.GraphModule
+    report: FusionReport
+    plan: Plan
+    _state: dict[str, torch.Tensor] = dataclasses.field(repr=False)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the fused weights under the target's names, ties kept: loads strict into its class."""
+        return dict(self._state)
+
+
+def fuse(
+    models: Sequence[Model],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    calibration: Iterable[Any] | None = None,
+    features: str | None = None,
+    coupling: str = "soft",
+    weights: Sequence[float] | None = None,
+    target: int = -1,
+    seed: int = 0,
+    outputs: Sequence[str] | None = None,
+    regularisation: float | None = None,
+    progress: Progress | None = None,
+) -> FusionResult:
+    """Fuse models of one architecture: align their units by optimal transport, then average.
+
+    Parameters
+    ----------
+    models : sequence of torch.nn.Module, torch.fx.GraphModule or torch.export.ExportedProgram
+        Two or more parents. They are not written.
+    args, kwargs : sequence, mapping
+        Example inputs.
+    calibration : iterable, optional
+        Batches of what the models take: tensors, tuples or dicts. Labels are not needed and ignored.
+    features : {"activations", "weights"}, optional
+        What is compared. Default: activations if there is calibration (they measured better), else weights.
+    coupling : {"soft", "hard"}
+        Sinkhorn couplings or permutations. Soft measured better for transformers at equal cost.
+    weights : sequence of float, optional
+        The parents' shares, scaled to sum to one; equal by default.
+    target : int
+        The parent whose basis and class the result has.
+    seed : int
+        Draws the certificates' group elements; the same inputs and seed give the same bytes.
+    outputs : sequence of str, optional
+        As for :func:`plan`.
+    regularisation : float, optional
+        Softness of soft couplings, relative to the mean ground cost.
+    progress : callable ``(stage, done, total)``, optional
+
+    Returns
+    -------
+    FusionResult
+
+    Raises
+    ------
+    TooFewModelsError, ArchitectureMismatchError, WidthMismatchError, TieMismatchError, InvalidWeightError
+        If the models cannot be fused.
+    OptionError, CalibrationRequiredError, CalibrationMismatchError
+        If options or calibration data do not fit.
+    CaptureError, OutputSelectionError
+        As for :func:`plan`.
+    CertificationError
+        If the inferred symmetry changes a parent's function: the plan would be unsound.
+
+    References
+    ----------
+    Imfeld et al., Transformer Fusion with Optimal Transport, ICLR 2024, arXiv 2310.05719.
+    Singh and Jaggi, Model Fusion via Optimal Transport, NeurIPS 2020, arXiv 1910.05653.
+
+    Examples
+    --------
+    >>> import torch
+    >>> make = lambda: torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> x = torch.randn(16, 4)
+    >>> result = fuse([make(), make()], (x,), calibration=[x], coupling="hard")
+    >>> result.module(x).shape
+    torch.Size([16, 2])
+    """
+    clock = _Clock()
+    features = features or ("weights" if calibration is None else "activations")
+    check_choice("features", features, FEATURES)
+    check_choice("coupling", coupling, COUPLINGS)
+    if features == "activations" and calibration is None:
+        raise CalibrationRequiredError(
+            'features="activations" needs calibration data: give calibration=batches, or features="weights"'
+        )
+    states = check_parents(models, target)
+    shares = check_shares(weights, len(models))
+    target = range(len(models))[target]
+    show = progress or silent
+    show("capture", 0, 1)
+    with clock.measure("capture"):
+        module = prepare(models[target], args, kwargs)
+    state = state_of(module)
+    batches = None if calibration is None else Batches(state.capture, calibration)
+    with clock.measure("propagate"):
+        module = PassManager([Normalize(), Propagate(outputs)])(module).graph_module
+    with clock.measure("certify"):
+        certificates = _certify_all(state, models, states, seed, show)
+    softness = SOFT_REGULARISATION if regularisation is None else regularisation
+    passes = [
+        Align(
+            parents=states,
+            target=target,
+            batches=batches if features == "activations" else None,
+            coupling=Coupling(softness if coupling == "soft" else None),
+            progress=show,
+        ),
+        ApplyTransports(),
+        Merge(shares),
+        Repair(batches, show),
+    ]
+    for item in passes:
+        with clock.measure(type(item).__name__):
+            module = item(module).graph_module
+    options = {"features": features, "coupling": coupling, "target": str(target), "seed": str(seed)}
+    if coupling == "soft":
+        options["regularisation"] = repr(softness)
+    report = _report(state, models, options, certificates, clock.seconds)
+    assert state.plan is not None
+    fused = complete(state.capture, state.merged, states[target])
+    module.meta.pop(KEY)  # the parents' weights need not outlive the fusion
+    return FusionResult(module, report, state.plan, fused)
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def measure(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = time.perf_counter() - start
+
+
+def _planned(
+    model: Model, args: Sequence[Any], kwargs: Mapping[str, Any] | None, outputs: Sequence[str] | None
+) -> FusionState:
+    module = prepare(model, args, kwargs)
+    return state_of(PassManager([Normalize(), Propagate(outputs)])(module).graph_module, "plan", "Propagate")
+
+
+def _real_state(model: Model) -> dict[str, torch.Tensor]:
+    state = state_dict_of(model)
+    for name, tensor in state.items():
+        if tensor.is_meta:
+            raise InvalidWeightError(f"{type(model).__name__} has no weights: {name} is on the meta device")
+    return state
+
+
+def _certify_all(
+    state: FusionState,
+    models: Sequence[Model],
+    states: Sequence[dict[str, torch.Tensor]],
+    seed: int,
+    progress: Progress,
+) -> list[Certificate]:
+    assert state.plan is not None
+    found = []
+    for index, (model, weights) in enumerate(zip(models, states, strict=True)):
+        typed = state.capture.canonical(weights)
+        certificate = certify_plan(state.capture, state.plan, typed, state.outputs, seed)
+        if not certificate.ok:
+            raise CertificationError(
+                f"a random element of the symmetry inferred for {model_name(model, index)} changes its outputs "
+                f"by {certificate.max_relative_error:.1e} (at most {TOLERANCE:.0e} is allowed): the plan is "
+                "unsound and nothing was fused. Please report the model."
+            )
+        found.append(certificate)
+        progress("certify", index + 1, len(models))
+    return found
+
+
+def _report(
+    state: FusionState,
+    models: Sequence[Model],
+    options: dict[str, str],
+    certificates: Sequence[Certificate],
+    seconds: dict[str, float],
+) -> FusionReport:
+    assert state.plan is not None
+    solved = [alignment for alignment in state.alignments if alignment is not None]
+    graph = state.plan.graph
+    rows = []
+    for space in state.plan.spaces:
+        roles = [(incidence.parameter, incidence.role.value) for incidence in space.incidences]
+        rows.append(
+            SpaceRow(
+                name=space.name,
+                size=space.size,
+                symmetry=space.symmetry.value,
+                scope=space.scope,
+                writers=tuple(dict.fromkeys(name for name, role in roles if role != "reads")),
+                readers=tuple(dict.fromkeys(name for name, role in roles if role != "writes")),
+                cost_before=_mean([item.before[space.name] for item in solved]),
+                cost_after=_mean([item.after[space.name] for item in solved]),
+                moved=_mean([item.maps[space.name].moved for item in solved]),
+            )
+        )
+    return FusionReport(
+        model=state.capture.name,
+        parents=tuple(model_name(model, index) for index, model in enumerate(models)),
+        weights=state.weights,
+        options=options,
+        covered=state.plan.covered,
+        certified=tuple(certificate.max_relative_error for certificate in certificates),
+        spaces=tuple(rows),
+        limits=state.plan.limits,
+        graph=graph,
+        seconds=seconds,
+        versions=_versions(),
+        notes=_notes(state),
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _notes(state: FusionState) -> tuple[str, ...]:
+    notes = []
+    if state.capture.unused:
+        notes.append(f"never read by the graph, averaged as they are: {', '.join(state.capture.unused)}")
+    if not state.capture.dynamic:
+        notes.append("the model fixes its batch size: the fused module takes the example's only")
+    return tuple(notes)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("fxfusion", "torch", "pot", "scipy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,90 @@
+"""What passes hand to one another: held in ``graph_module.meta["fxfusion"]``, keyed by parameter name.
+
+Node metadata of one's own is lost by decomposition, re-export and saving; names survive.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxfusion.capture import Capture
+from fxfusion.errors import PassOrderError
+from fxfusion.plan import Plan
+from fxfusion.transport.joint import Alignment
+
+KEY = "fxfusion"
+
+
+@dataclasses.dataclass(eq=False)
+class FusionState:
+    """The state of a fusion between passes.
+
+    Attributes
+    ----------
+    capture : Capture
+        Set by capture.
+    outputs : frozenset of int
+        Flat positions of the outputs that count; set by ``Propagate``.
+    plan : Plan or None
+        Set by ``Propagate``.
+    parents : sequence of mapping
+        Weights of every parent by the names that the graph uses; set by ``Align``.
+    target : int
+        In whose basis the others are expressed; set by ``Align``.
+    alignments : list of Alignment or None
+        One per parent, None for the target; set by ``Align``.
+    aligned : list of mapping
+        The parents' weights in the target's basis; set by ``ApplyTransports``.
+    weights : tuple of float
+        The parents' shares; set by ``Merge``.
+    merged : dict of str to torch.Tensor
+        The fused weights; set by ``Merge``, amended by ``Repair``.
+    """
+
+    capture: Capture
+    outputs: frozenset[int] = frozenset()
+    plan: Plan | None = None
+    parents: Sequence[dict[str, torch.Tensor]] = ()
+    target: int = -1
+    alignments: list[Alignment | None] = dataclasses.field(default_factory=list)
+    aligned: list[dict[str, torch.Tensor]] = dataclasses.field(default_factory=list)
+    weights: tuple[float, ...] = ()
+    merged: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+
+
+def attach(capture: Capture) -> fx.GraphModule:
+    """Return a capture's graph module with a fresh state, ready for passes."""
+    capture.module.meta[KEY] = FusionState(capture)
+    return capture.module
+
+
+def state_of(module: fx.GraphModule, need: str = "capture", by: str = "fxfusion.capture.capture") -> FusionState:
+    """Return the state attached to a graph module.
+
+    Parameters
+    ----------
+    module : torch.fx.GraphModule
+    need : str
+        The attribute that must have been set.
+    by : str
+        What sets it, for the message.
+
+    Raises
+    ------
+    PassOrderError
+        If there is no state, or what is needed is not set.
+    """
+    state: Any = module.meta.get(KEY)
+    if not isinstance(state, FusionState):
+        raise PassOrderError(
+            "this GraphModule carries no fusion state: make it with fxfusion.prepare(model, args, kwargs)"
+        )
+    value = getattr(state, need)
+    if value is None or (not value and isinstance(value, (list, tuple, dict))):
+        raise PassOrderError(f"'{need}' is not set yet: run {by} first")
+    return state

@@ -1,0 +1,183 @@
+"""Checks of parents and options, all of them before any long work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+from fxfusion.capture import Model, tied_groups
+from fxfusion.errors import (
+    ArchitectureMismatchError,
+    InvalidWeightError,
+    OptionError,
+    TieMismatchError,
+    TooFewModelsError,
+    WidthMismatchError,
+)
+
+_SHOWN = 5  # names listed in a message
+_INERT = ("Dropout", "DropPath", "Identity")  # modules that do nothing in evaluation
+_PROVENANCE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures")
+
+
+def model_name(model: Model, index: int) -> str:
+    """Return how messages name a parent: ``model 0 (VisionTransformer)``."""
+    return f"model {index} ({type(model).__name__})"
+
+
+def state_dict_of(model: Model) -> dict[str, torch.Tensor]:
+    """Return a parent's state dict, its tensors themselves."""
+    state = model.state_dict if isinstance(model, ExportedProgram) else model.state_dict()
+    return dict(state)
+
+
+def check_parents(models: Sequence[Model], target: int) -> list[dict[str, torch.Tensor]]:
+    """Check that models are parents of one architecture with sound weights.
+
+    Parameters
+    ----------
+    models : sequence
+    target : int
+        Position of the parent with which the others are compared.
+
+    Returns
+    -------
+    list of dict
+        Their state dicts.
+
+    Raises
+    ------
+    TooFewModelsError, OptionError, ArchitectureMismatchError, WidthMismatchError, TieMismatchError, \
+InvalidWeightError
+    """
+    if len(models) < 2:
+        raise TooFewModelsError(f"fusion needs at least two models, {len(models)} given")
+    for index, model in enumerate(models):
+        if not isinstance(model, (torch.nn.Module, ExportedProgram)):
+            raise OptionError(f"model {index} is a {type(model).__name__}: give nn.Modules or ExportedPrograms")
+    if not -len(models) <= target < len(models):
+        raise OptionError(f"target={target}, but there are {len(models)} models")
+    target = range(len(models))[target]
+    states = [state_dict_of(model) for model in models]
+    for index, model in enumerate(models):
+        if index != target:
+            _check_pair(model_name(models[target], target), model_name(model, index), states[target], states[index])
+            _check_structure(models[target], model, target, index)
+            _check_ties(models[target], model, target, index)
+    for index, (model, state) in enumerate(zip(models, states, strict=True)):
+        _check_finite(model_name(model, index), state)
+    return states
+
+
+def _check_pair(
+    reference_name: str, name: str, reference: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]
+) -> None:
+    missing = [key for key in reference if key not in state]
+    extra = [key for key in state if key not in reference]
+    if missing or extra:
+        differences = [f"{name} lacks {_some(missing)}"] * bool(missing)
+        differences += [f"{name} has {_some(extra)} in addition"] * bool(extra)
+        raise ArchitectureMismatchError(
+            f"{name} and {reference_name} are not of one architecture: {'; '.join(differences)}. Fuse models "
+            "of the same class and configuration."
+        )
+    unequal = [key for key in reference if reference[key].shape != state[key].shape]
+    if not unequal:
+        return
+    listed = ", ".join(
+        f"{key} {tuple(state[key].shape)} against {tuple(reference[key].shape)}" for key in unequal[:_SHOWN]
+    )
+    if all(reference[key].ndim == state[key].ndim for key in unequal):
+        raise WidthMismatchError(
+            f"{name} and {reference_name} differ in width: {listed}. Fusing unequal widths is not supported yet."
+        )
+    raise ArchitectureMismatchError(f"{name} and {reference_name} are not of one architecture: {listed}")
+
+
+def _check_structure(reference: Model, model: Model, target: int, index: int) -> None:
+    """Compare classes, module trees and configurations: equal names do not make an equal function."""
+    generic = (fx.GraphModule, ExportedProgram)
+    if isinstance(reference, generic) or isinstance(model, generic):
+        return
+    names = f"{model_name(model, index)} and {model_name(reference, target)}"
+    if type(reference) is not type(model):
+        raise ArchitectureMismatchError(f"{names} are of different classes: fuse models of one class")
+    for (path, left), (_, right) in zip(reference.named_modules(), model.named_modules(), strict=False):
+        if type(left) is not type(right) and not {type(left).__name__, type(right).__name__} & set(_INERT):
+            raise ArchitectureMismatchError(
+                f"{names} differ at module '{path}': {type(right).__name__} against {type(left).__name__}"
+            )
+    left_config, right_config = (_configuration(item) for item in (reference, model))
+    for key in left_config:
+        if key not in _PROVENANCE and left_config[key] != right_config.get(key):
+            raise ArchitectureMismatchError(
+                f"{names} are configured differently: {key}={right_config.get(key)!r} against {left_config[key]!r}"
+            )
+
+
+def _configuration(model: torch.nn.Module) -> dict[str, object]:
+    config = getattr(model, "config", None)
+    as_dict = getattr(config, "to_dict", None)
+    return dict(as_dict()) if callable(as_dict) else {}
+
+
+def _check_ties(reference: Model, model: Model, target: int, index: int) -> None:
+    left, right = ({frozenset(group) for group in tied_groups(item)} for item in (reference, model))
+    if left != right:
+        group = sorted(next(iter(left ^ right)))
+        raise TieMismatchError(
+            f"{model_name(model, index)} and {model_name(reference, target)} tie different weights: "
+            f"{' = '.join(group)} in one of them only. Tie or untie them alike first."
+        )
+
+
+def _check_finite(name: str, state: Mapping[str, torch.Tensor]) -> None:
+    for key, tensor in state.items():
+        if tensor.is_meta:
+            raise InvalidWeightError(f"{name} has no weights: {key} is on the meta device. Load weights first.")
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            kind = "NaN" if bool(tensor.isnan().any()) else "infinite"
+            raise InvalidWeightError(f"{name} has {kind} values in {key}: repair or retrain that parent")
+
+
+def check_shares(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
+    """Return the parents' shares, summing to one.
+
+    Raises
+    ------
+    OptionError
+        If their number is wrong, one is negative or not finite, or all are zero.
+
+    Examples
+    --------
+    >>> check_shares([1, 3], 2)
+    (0.25, 0.75)
+    """
+    if weights is None:
+        return (1.0 / count,) * count
+    shares = [float(weight) for weight in weights]
+    if len(shares) != count:
+        raise OptionError(f"{len(shares)} weights for {count} models: give one per model")
+    total = sum(shares)
+    if not all(0 <= share < float("inf") for share in shares) or total <= 0:
+        raise OptionError(f"weights {shares}: give numbers of at least 0, not all 0")
+    return tuple(share / total for share in shares)
+
+
+def check_choice(option: str, value: str, choices: Sequence[str]) -> None:
+    """Raise unless an option has one of its values.
+
+    Raises
+    ------
+    OptionError
+    """
+    if value not in choices:
+        raise OptionError(f"{option}={value!r}: choose {' or '.join(map(repr, choices))}")
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"

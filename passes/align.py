@@ -1,0 +1,83 @@
+"""Align: solve, for every space and every parent, the transport into the target's basis."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch.fx import GraphModule
+from torch.fx.passes.infra.pass_base import PassResult
+
+from fxfusion.calibration import Batches
+from fxfusion.passes.base import FusionPass
+from fxfusion.progress import Progress, silent
+from fxfusion.state import FusionState, state_of
+from fxfusion.statistics import collect
+from fxfusion.transport.hierarchy import Coupling
+from fxfusion.transport.joint import Alignment, align_activations, align_weights
+
+
+@dataclasses.dataclass
+class Align(FusionPass):
+    """Solve the transports.
+
+    Parameters
+    ----------
+    parents : sequence of dict
+        State dicts of all parents, the target among them.
+    target : int
+        Position of the parent in whose basis the others are expressed.
+    batches : Batches, optional
+        Calibration data; without it, weights are compared.
+    coupling : Coupling
+        Hard or soft.
+    progress : callable, optional
+    """
+
+    parents: Sequence[dict[str, torch.Tensor]]
+    target: int = -1
+    batches: Batches | None = None
+    coupling: Coupling = dataclasses.field(default_factory=Coupling)
+    progress: Progress = silent
+
+    def requires(self, graph_module: GraphModule) -> None:
+        """There is a plan."""
+        state_of(graph_module, "plan", "Propagate")
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        """Run the pass; the graph itself stays as it is."""
+        state = state_of(graph_module)
+        state.parents = [state.capture.canonical(parent) for parent in self.parents]
+        state.target = range(len(self.parents))[self.target]
+        state.alignments = self._from_weights(state) if self.batches is None else self._from_activations(state)
+        return PassResult(graph_module, False)
+
+    def _from_weights(self, state: FusionState) -> list[Alignment | None]:
+        assert state.plan is not None
+        target = state.parents[state.target]
+        return [
+            None
+            if index == state.target
+            else align_weights(state.plan, target, parent, self.coupling, self.progress)
+            for index, parent in enumerate(state.parents)
+        ]
+
+    def _from_activations(self, state: FusionState) -> list[Alignment | None]:
+        assert state.plan is not None
+        assert self.batches is not None
+        moments = collect(
+            state.capture, state.plan, state.parents, state.target, self.batches, len(self.batches), self.progress
+        )
+        target = state.parents[state.target]
+        return [
+            None
+            if index == state.target
+            else align_activations(state.plan, moments[index], self.coupling, target, parent)
+            for index, parent in enumerate(state.parents)
+        ]
+
+    def ensures(self, graph_module: GraphModule) -> None:
+        """Every parent but the target has its transports."""
+        state = state_of(graph_module, "alignments", "Align")
+        assert all((item is None) == (index == state.target) for index, item in enumerate(state.alignments))

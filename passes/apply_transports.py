@@ -1,0 +1,37 @@
+"""ApplyTransports: carry each parent's transports through all its parameters and statistics."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch.fx import GraphModule
+from torch.fx.passes.infra.pass_base import PassResult
+
+from fxfusion.passes.base import FusionPass
+from fxfusion.state import state_of
+from fxfusion.symmetry import act
+
+
+@dataclasses.dataclass
+class ApplyTransports(FusionPass):
+    """Express every parent in the target's basis. The parents' own tensors are not written."""
+
+    def requires(self, graph_module: GraphModule) -> None:
+        """The transports are solved."""
+        state_of(graph_module, "alignments", "Align")
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        """Run the pass; the graph itself stays as it is."""
+        state = state_of(graph_module)
+        assert state.plan is not None
+        state.aligned = [
+            parent if alignment is None else act(state.plan, alignment.maps, parent)
+            for parent, alignment in zip(state.parents, state.alignments, strict=True)
+        ]
+        return PassResult(graph_module, False)
+
+    def ensures(self, graph_module: GraphModule) -> None:
+        """Every aligned parent has the target's shapes."""
+        state = state_of(graph_module, "aligned", "ApplyTransports")
+        for aligned in state.aligned:
+            assert {name: tuple(tensor.shape) for name, tensor in aligned.items()} == state.capture.parameters
