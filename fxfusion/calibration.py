@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ class Batches:
             raise CalibrationMismatchError("the calibration data are empty: give at least one batch")
         self._names = _input_names(self.capture)
         self._check(self._bind(first))
-        self._count = len(self.source) if hasattr(self.source, "__len__") else 0
+        self._count = len(self.source) if isinstance(self.source, Sized) else 0
 
     def __len__(self) -> int:
         return self._count
@@ -90,7 +90,9 @@ class Batches:
             if not isinstance(expected, torch.Tensor):
                 continue
             if not isinstance(given, torch.Tensor):
-                raise CalibrationMismatchError(f"a calibration batch holds {type(given).__name__}, not a tensor")
+                raise CalibrationMismatchError(
+                    f"a calibration batch holds {type(given).__name__}, not a tensor"
+                )
             fits = given.ndim == expected.ndim and given.is_floating_point() == expected.is_floating_point()
             free = 1 if given.ndim != 2 or given.is_floating_point() else 2
             free = 2 if given.ndim == 3 else free
@@ -118,13 +120,11 @@ def _batch_size(inputs: Any) -> int:
 
 
 def _rows(inputs: Inputs, start: int, stop: int | None) -> Inputs:
-    return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor[start:stop], inputs)  # type: ignore[no-any-return]
+    return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor[start:stop], inputs)
 
 
 def _join(left: Inputs, right: Inputs) -> Inputs:
-    return pytree.tree_map(  # type: ignore[no-any-return]
-        lambda a, b: torch.cat([a, b]) if isinstance(a, torch.Tensor) else a, left, right
-    )
+    return pytree.tree_map(lambda a, b: torch.cat([a, b]) if isinstance(a, torch.Tensor) else a, left, right)
 
 
 def _has_tensor(value: Any) -> bool:

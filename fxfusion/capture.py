@@ -188,7 +188,9 @@ def _fake(
             if buffer is not None and buffer.is_meta:
                 module._buffers[name] = fake(buffer)
     args, kwargs = pytree.tree_map_only(
-        torch.Tensor, lambda tensor: fake(tensor) if tensor.is_meta else mode.from_tensor(tensor), (args, kwargs)
+        torch.Tensor,
+        lambda tensor: fake(tensor) if tensor.is_meta else mode.from_tensor(tensor),
+        (args, kwargs),
     )
     return model, args, kwargs
 
@@ -200,7 +202,9 @@ def _as_parameter(tensor: torch.Tensor, replaced: dict[int, torch.Tensor], key: 
     return tensor
 
 
-def _double_single_sample(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _double_single_sample(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Repeat a batch of one: torch.export takes a size of one for a constant."""
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     if tensors and all(tensor.ndim and tensor.shape[0] == 1 for tensor in tensors):

@@ -59,7 +59,9 @@ def _relevant(axes: Iterable[Axis]) -> list[Axis]:
 
 def _first(axes: Sequence[Axis | None], seen: set[tuple[int, ...]]) -> bool:
     key = tuple(id(axis) for axis in axes)
-    if key in seen or not any(_is_free(leaf) for axis in axes if axis is not None for leaf in leaves_of(axis)):
+    if key in seen or not any(
+        _is_free(leaf) for axis in axes if axis is not None for leaf in leaves_of(axis)
+    ):
         return False
     seen.add(key)
     return True
@@ -119,8 +121,12 @@ def _chains(
         ]
         fixed = sorted((other for other in above if other.fixed), key=rank.__getitem__)
         chain = list(fixed)
-        for other in sorted(filter(_is_free, above), key=lambda item: (len(chains.get(item, ())), rank[item])):
-            if chains.get(other) == tuple(chain) or (not _free_part(chain) and _fits(chains.get(other), fixed)):
+        for other in sorted(
+            filter(_is_free, above), key=lambda item: (len(chains.get(item, ())), rank[item])
+        ):
+            if chains.get(other) == tuple(chain) or (
+                not _free_part(chain) and _fits(chains.get(other), fixed)
+            ):
                 chain = [*(chains[other] if not _free_part(chain) else chain), other]
         chains[leaf] = tuple(chain)
     return chains

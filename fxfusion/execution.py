@@ -91,9 +91,7 @@ class Program:
         outputs: list[list[Any]] = []
         for node in self.nodes:
             if node.op == "output":
-                outputs = [
-                    [_look_up(item, env, shared) for item in node.args[0]] for env in envs  # type: ignore[union-attr]
-                ]
+                outputs = [[_look_up(item, env, shared) for item in node.args[0]] for env in envs]
             elif node in self._shared:
                 if node.op == "get_attr":
                     shared[node] = self._cast(self._constants[node])
@@ -122,7 +120,7 @@ class Program:
         return self._call(node, env, shared)
 
     def _call(self, node: fx.Node, env: Mapping[fx.Node, Any], shared: Mapping[fx.Node, Any]) -> Any:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda item: _look_up(item, env, shared))  # type: ignore[misc]
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda item: _look_up(item, env, shared))
         if self.double:
             args, kwargs = _widen(args), _widen(kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -142,11 +140,15 @@ class Program:
         spec = self.capture.module._in_spec
         _, keyword_spec = spec.children()
         names = list(keyword_spec.context or [])
-        known = {**{key: value for key, value in self.capture.kwargs.items() if not _has_tensor(value)}, **kwargs}
+        known = {
+            **{key: value for key, value in self.capture.kwargs.items() if not _has_tensor(value)},
+            **kwargs,
+        }
         missing = [name for name in names if name not in known]
         if missing:
             raise CalibrationMismatchError(
-                f"{self.capture.name} was captured with the inputs {', '.join(names)}; missing: {', '.join(missing)}"
+                f"{self.capture.name} was captured with the inputs {', '.join(names)}; "
+                f"missing: {', '.join(missing)}"
             )
         flat, given = pytree.tree_flatten((tuple(args), {name: known[name] for name in names}))
         if given.num_leaves != spec.num_leaves:
@@ -164,9 +166,9 @@ def _look_up(item: Any, env: Mapping[fx.Node, Any], shared: Mapping[fx.Node, Any
 
 def _widen(value: Any) -> Any:
     """Replace low-precision dtype arguments by float64."""
-    return pytree.tree_map(lambda item: torch.float64 if item in _LOW_PRECISION else item, value) if (
-        _mentions_dtype(value)
-    ) else value
+    if not _mentions_dtype(value):
+        return value
+    return pytree.tree_map(lambda item: torch.float64 if item in _LOW_PRECISION else item, value)
 
 
 def _mentions_dtype(value: Any) -> bool:

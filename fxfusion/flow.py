@@ -32,7 +32,21 @@ from fxfusion.rules.registry import operator_name
 
 _JOINS = ("add", "sub", "rsub", "lerp")
 _LONGEST_PATH = 8  # operators named on an edge
-_SILENT = frozenset("view reshape permute transpose expand slice select getitem clone contiguous unsqueeze".split())
+_SILENT = frozenset(
+    [
+        "view",
+        "reshape",
+        "permute",
+        "transpose",
+        "expand",
+        "slice",
+        "select",
+        "getitem",
+        "clone",
+        "contiguous",
+        "unsqueeze",
+    ]
+)
 
 _Sources = dict[str, tuple[str, ...]]  # parameter or join -> operators passed since
 
@@ -139,7 +153,7 @@ def _arrive(walk: _Walk, source: str, target: str, space: str, through: Sequence
     role = "joins" if source.startswith("join:") else "writes"
     if walk.graph.has_edge(source, target):
         return
-    attributes = {"role": role, "through": list(through)}
+    attributes: dict[str, object] = {"role": role, "through": list(through)}
     if role == "writes":
         attributes["axis"] = _axis(walk.parameters[source], space)
     walk.graph.add_edge(source, target, **attributes)
@@ -157,9 +171,9 @@ def _axis(layout: ParameterLayout, space: str) -> int:
 def _close(walk: _Walk, spaces: Sequence[Space]) -> None:
     """Let what no join consumed end in its space, and add the readers."""
     ends: dict[str, _Sources] = {}
-    for (_, space), sources in walk.sources.items():
+    for (_, name), sources in walk.sources.items():
         for source, through in sources.items():
-            ends.setdefault(space, {}).setdefault(source, through)
+            ends.setdefault(name, {}).setdefault(source, through)
     for space in spaces:
         key = f"space:{space.name}"
         for source, through in ends.get(space.name, {}).items():

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
+from operator import getitem
 from typing import Any
 
 import torch
 from torch import fx
 
-from fxfusion.axes import Axis, Constant, Reason, is_free, leaves_of, resolve
+from fxfusion.axes import Axis, Constant, Reason, is_free
 from fxfusion.capture import Capture
 from fxfusion.errors import RuleError
 from fxfusion.rules import Context, Typed, find_rule
@@ -108,7 +109,7 @@ class _Inference:
             return self._output(node)
         if not self.context.shapes:
             return _hint(node.meta.get("val"))
-        if node.target is _GETITEM:
+        if node.target is getitem:
             source = self.env[node.args[0]]  # type: ignore[index]
             return source[node.args[1]]
         return self._operator(node)
@@ -167,7 +168,7 @@ class _Inference:
         operator = find_rule(node.target)
         if operator is None:
             return self._without_rule(node, tensors)
-        args, kwargs = fx.map_arg((tuple(node.args), dict(node.kwargs)), lambda item: self.env[item])  # type: ignore[misc]
+        args, kwargs = fx.map_arg((tuple(node.args), dict(node.kwargs)), lambda item: self.env[item])
         result = operator(self.context, *args, **kwargs)
         return self._checked(result, self._origins(tensors))
 
@@ -178,18 +179,16 @@ class _Inference:
         return frozenset[str]().union(*(tensor.origins for tensor in tensors))
 
     def _checked(self, result: Typed | Sequence[Typed], origins: frozenset[str]) -> Any:
-        several = not isinstance(result, Typed)
-        results = list(result) if several else [result]
-        shapes = self.context.shapes
-        for typed, shape in zip(results, shapes, strict=False):
+        results = [result] if isinstance(result, Typed) else list(result)
+        for typed, shape in zip(results, self.context.shapes, strict=False):
             if typed.shape != shape:
                 raise RuleError(
-                    f"the rule of {self.context.operator} gave {typed.shape} for an output of {shape} at node "
-                    f"{self.context.node} ({self.context.source or 'no source line'}): correct the rule"
+                    f"the rule of {self.context.operator} gave {typed.shape} for an output of {shape} at "
+                    f"node {self.context.node} ({self.context.source or 'no source line'}): correct the rule"
                 )
             self.context.unifier.seal(typed.axes)
-        results = [Typed(typed.axes, origins=origins) for typed in results]
-        return results if several else results[0]
+        checked = [Typed(typed.axes, origins=origins) for typed in results]
+        return checked[0] if isinstance(result, Typed) else checked
 
     def _without_rule(self, node: fx.Node, tensors: Sequence[Typed]) -> Any:
         """Freeze what an operator without a rule touches; it matters only if something there is free."""
@@ -209,14 +208,16 @@ class _Inference:
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor) or value.is_meta:
             return None
-        if sum(_volume(shape) for shape in self.context.shapes) > LARGEST_FOLDED or "rand" in str(node.target):
+        if sum(_volume(shape) for shape in self.context.shapes) > LARGEST_FOLDED or "rand" in str(
+            node.target
+        ):
             return None
 
         def number(item: fx.Node) -> Any:
             known = self.env[item]
             return known.value if isinstance(known, Typed) else known
 
-        args, kwargs = fx.map_arg((tuple(node.args), dict(node.kwargs)), number)  # type: ignore[misc]
+        args, kwargs = fx.map_arg((tuple(node.args), dict(node.kwargs)), number)
         try:
             with torch.no_grad():
                 result = node.target(*args, **kwargs)  # type: ignore[operator]
@@ -225,20 +226,13 @@ class _Inference:
         return result if isinstance(result, torch.Tensor) and _is_real(result) else None
 
 
-def _getitem_target() -> Any:
-    import operator
-
-    return operator.getitem
-
-
-_GETITEM = _getitem_target()
-
-
 def _facts(node: fx.Node) -> tuple[str, str, list[tuple[int, ...]]]:
     """Return a node's operator, source line and output shapes, symbolic sizes at their hints."""
     value = node.meta.get("val")
     values = value if isinstance(value, (list, tuple)) else [value]
-    shapes = [tuple(int(_hint(size)) for size in item.shape) for item in values if isinstance(item, torch.Tensor)]
+    shapes = [
+        tuple(int(_hint(size)) for size in item.shape) for item in values if isinstance(item, torch.Tensor)
+    ]
     return str(node.target), source_line(node), shapes
 
 
@@ -273,8 +267,3 @@ def _get(module: torch.nn.Module, target: str) -> Any:
     for name in target.split("."):
         module = getattr(module, name)
     return module
-
-
-def fixed_reasons(axes: Sequence[Axis]) -> list[Reason]:
-    """Return why axes are fixed, one reason per fixed leaf."""
-    return [leaf.fixed for axis in axes for leaf in leaves_of(resolve(axis)) if leaf.fixed]

@@ -37,7 +37,9 @@ SOFT_REGULARISATION = 0.05
 LARGEST_DOUBLE = 4 << 30  # bytes of float64 weights that certification may hold
 
 
-def prepare(model: Model, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> fx.GraphModule:
+def prepare(
+    model: Model, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+) -> fx.GraphModule:
     """Capture a model as a graph module on which fxfusion's passes run.
 
     Parameters
@@ -368,9 +370,9 @@ def _certify_all(
         certificate = certify_plan(state.capture, state.plan, typed, state.outputs, seed)
         if not certificate.ok:
             raise CertificationError(
-                f"a random element of the symmetry inferred for {model_name(model, index)} changes its outputs "
-                f"by {certificate.max_relative_error:.1e} (at most {TOLERANCE:.0e} is allowed): the plan is "
-                "unsound and nothing was fused. Please report the model."
+                f"a random element of the symmetry inferred for {model_name(model, index)} changes its "
+                f"outputs by {certificate.max_relative_error:.1e} (at most {TOLERANCE:.0e} is allowed): the "
+                "plan is unsound and nothing was fused. Please report the model."
             )
         found.append(certificate)
         progress("certify", index + 1, len(models))

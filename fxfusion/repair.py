@@ -32,7 +32,9 @@ class _Moments:
         flat = x.double().movedim(1, 0).flatten(1)
         count, mean = flat.shape[1], flat.mean(1)
         shift, total = mean - self.mean, self.count + count
-        self.square = self.square + flat.var(1, unbiased=False) * count + shift**2 * (self.count * count / total)
+        self.square = (
+            self.square + flat.var(1, unbiased=False) * count + shift**2 * (self.count * count / total)
+        )
         self.mean = self.mean + shift * (count / total)
         self.count = total
 
@@ -80,7 +82,9 @@ def corrected_statistics(
     program = Program(capture)
     # A layer's input depends on the statistics before it, so that layers settle in graph order; all
     # layers are measured in one run, each batch normalised by the statistics that it corrects itself.
-    seen: dict[tuple[str, int], _Moments] = {(node.name, side): _Moments() for node in nodes for side in range(len(parents) + 1)}
+    seen: dict[tuple[str, int], _Moments] = {
+        (node.name, side): _Moments() for node in nodes for side in range(len(parents) + 1)
+    }
     wanted = {node.name for node in nodes}
 
     def override(node: fx.Node, index: int, args: tuple[Any, ...]) -> Any:
@@ -97,7 +101,9 @@ def corrected_statistics(
         progress("repair", done, len(batches))
     for node in nodes:
         names = [capture.aliases.get(str(item.target), str(item.target)) for item in node.args[3:5]]
-        for name, value in zip(names, _corrected(node.name, seen, weights, *(merged[n] for n in names)), strict=True):
+        for name, value in zip(
+            names, _corrected(node.name, seen, weights, *(merged[n] for n in names)), strict=True
+        ):
             corrected[name] = value
     return corrected
 
@@ -111,8 +117,9 @@ def _corrected(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     own = seen[node, len(weights)]
     parents = [seen[node, index] for index in range(len(weights))]
-    expected_mean = sum(weight * item.mean for weight, item in zip(weights, parents, strict=True))
-    expected = sum(weight * item.variance for weight, item in zip(weights, parents, strict=True))
+    shares = torch.tensor(weights, dtype=torch.float64)
+    expected_mean = shares @ torch.stack([item.mean for item in parents])
+    expected = shares @ torch.stack([item.variance for item in parents])
     ratio = torch.where(expected > _TINY, own.variance / (expected + _TINY), torch.ones(()))
     return (
         (mean.double() + own.mean - expected_mean).to(mean.dtype),

@@ -63,7 +63,9 @@ def attach(capture: Capture) -> fx.GraphModule:
     return capture.module
 
 
-def state_of(module: fx.GraphModule, need: str = "capture", by: str = "fxfusion.capture.capture") -> FusionState:
+def state_of(
+    module: fx.GraphModule, need: str = "capture", by: str = "fxfusion.capture.capture"
+) -> FusionState:
     """Return the state attached to a graph module.
 
     Parameters

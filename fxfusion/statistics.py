@@ -113,13 +113,45 @@ class Observation:
 
 
 # Operators after which units are observed. Views and element-wise scalings in between carry nothing new.
-WRITERS = frozenset("linear addmm mm bmm matmul baddbmm conv1d conv2d conv3d convolution embedding".split())
+WRITERS = frozenset(
+    [
+        "linear",
+        "addmm",
+        "mm",
+        "bmm",
+        "matmul",
+        "baddbmm",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "convolution",
+        "embedding",
+    ]
+)
 JOINS = frozenset(["add", "sub"])
 NONLINEAR = frozenset(
-    "relu relu6 gelu silu hardswish hardsigmoid sigmoid tanh elu selu celu leaky_relu mish softplus prelu "
-    "scaled_dot_product_attention".split()
+    [
+        "relu",
+        "relu6",
+        "gelu",
+        "silu",
+        "hardswish",
+        "hardsigmoid",
+        "sigmoid",
+        "tanh",
+        "elu",
+        "selu",
+        "celu",
+        "leaky_relu",
+        "mish",
+        "softplus",
+        "prelu",
+        "scaled_dot_product_attention",
+    ]
 )
-NORMS = frozenset("layer_norm rms_norm group_norm batch_norm _native_batch_norm_legit_no_training".split())
+NORMS = frozenset(
+    ["layer_norm", "rms_norm", "group_norm", "batch_norm", "_native_batch_norm_legit_no_training"]
+)
 
 
 def observations(plan: Plan, graph: fx.Graph) -> dict[str, list[Observation]]:
@@ -189,7 +221,8 @@ def collect(
         moments.append(
             {
                 name: [
-                    CrossMoments(shapes[name].fixed, *[shapes[name].outer * shapes[name].size] * 2) for _ in where
+                    CrossMoments(shapes[name].fixed, *[shapes[name].outer * shapes[name].size] * 2)
+                    for _ in where
                 ]
                 for name, where in places.items()
                 if index != target

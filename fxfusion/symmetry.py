@@ -73,7 +73,9 @@ def act(plan: Plan, maps: Maps, state: Mapping[str, torch.Tensor]) -> dict[str, 
     return moved
 
 
-def complete(capture: Capture, typed: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def complete(
+    capture: Capture, typed: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """Return a full state dict: transported tensors under all their names, the rest as it was."""
     full = {name: tensor.detach() for name, tensor in state.items()}
     full.update(typed)

@@ -365,7 +365,8 @@ class Unifier:
         # Within one summand, only what that summand is made of can be told apart further.
         same = bool(chosen) and whole is not None
         restricted = [
-            (key, self._restrict(item, kept, key if same else whole, groups)) for key, item in chosen or entries
+            (key, self._restrict(item, kept, key if same else whole, groups))
+            for key, item in chosen or entries
         ]
         if len(restricted) == 1:
             return resolve(restricted[0][1])

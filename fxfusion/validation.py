@@ -57,14 +57,18 @@ InvalidWeightError
         raise TooFewModelsError(f"fusion needs at least two models, {len(models)} given")
     for index, model in enumerate(models):
         if not isinstance(model, (torch.nn.Module, ExportedProgram)):
-            raise OptionError(f"model {index} is a {type(model).__name__}: give nn.Modules or ExportedPrograms")
+            raise OptionError(
+                f"model {index} is a {type(model).__name__}: give nn.Modules or ExportedPrograms"
+            )
     if not -len(models) <= target < len(models):
         raise OptionError(f"target={target}, but there are {len(models)} models")
     target = range(len(models))[target]
     states = [state_dict_of(model) for model in models]
     for index, model in enumerate(models):
         if index != target:
-            _check_pair(model_name(models[target], target), model_name(model, index), states[target], states[index])
+            _check_pair(
+                model_name(models[target], target), model_name(model, index), states[target], states[index]
+            )
             _check_structure(models[target], model, target, index)
             _check_ties(models[target], model, target, index)
     for index, (model, state) in enumerate(zip(models, states, strict=True)):
@@ -92,7 +96,8 @@ def _check_pair(
     )
     if all(reference[key].ndim == state[key].ndim for key in unequal):
         raise WidthMismatchError(
-            f"{name} and {reference_name} differ in width: {listed}. Fusing unequal widths is not supported yet."
+            f"{name} and {reference_name} differ in width: {listed}. Fusing unequal widths is not supported "
+            "yet."
         )
     raise ArchitectureMismatchError(f"{name} and {reference_name} are not of one architecture: {listed}")
 
@@ -114,7 +119,8 @@ def _check_structure(reference: Model, model: Model, target: int, index: int) ->
     for key in left_config:
         if key not in _PROVENANCE and left_config[key] != right_config.get(key):
             raise ArchitectureMismatchError(
-                f"{names} are configured differently: {key}={right_config.get(key)!r} against {left_config[key]!r}"
+                f"{names} are configured differently: {key} is {right_config.get(key)!r} in one, "
+                f"{left_config[key]!r} in the other"
             )
 
 
@@ -137,7 +143,9 @@ def _check_ties(reference: Model, model: Model, target: int, index: int) -> None
 def _check_finite(name: str, state: Mapping[str, torch.Tensor]) -> None:
     for key, tensor in state.items():
         if tensor.is_meta:
-            raise InvalidWeightError(f"{name} has no weights: {key} is on the meta device. Load weights first.")
+            raise InvalidWeightError(
+                f"{name} has no weights: {key} is on the meta device. Load weights first."
+            )
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             kind = "NaN" if bool(tensor.isnan().any()) else "infinite"
             raise InvalidWeightError(f"{name} has {kind} values in {key}: repair or retrain that parent")

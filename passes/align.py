@@ -50,7 +50,9 @@ class Align(FusionPass):
         state = state_of(graph_module)
         state.parents = [state.capture.canonical(parent) for parent in self.parents]
         state.target = range(len(self.parents))[self.target]
-        state.alignments = self._from_weights(state) if self.batches is None else self._from_activations(state)
+        state.alignments = (
+            self._from_weights(state) if self.batches is None else self._from_activations(state)
+        )
         return PassResult(graph_module, False)
 
     def _from_weights(self, state: FusionState) -> list[Alignment | None]:
@@ -67,7 +69,13 @@ class Align(FusionPass):
         assert state.plan is not None
         assert self.batches is not None
         moments = collect(
-            state.capture, state.plan, state.parents, state.target, self.batches, len(self.batches), self.progress
+            state.capture,
+            state.plan,
+            state.parents,
+            state.target,
+            self.batches,
+            len(self.batches),
+            self.progress,
         )
         target = state.parents[state.target]
         return [

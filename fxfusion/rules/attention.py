@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fxfusion.axes import Constant
 from fxfusion.rules.context import Context, Typed
 from fxfusion.rules.registry import rule

@@ -212,4 +212,3 @@ class Context:
     def varies(self, axis: Axis) -> bool:
         """Return whether a tensor with this axis may vary along it."""
         return not isinstance(resolve(axis), Constant)
-

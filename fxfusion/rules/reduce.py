@@ -58,9 +58,7 @@ def vector_norm(
 
 
 @rule("max", "min")
-def extremum(
-    context: Context, x: Typed, dim: Any = None, keepdim: bool = False
-) -> Typed | Sequence[Typed]:
+def extremum(context: Context, x: Typed, dim: Any = None, keepdim: bool = False) -> Typed | Sequence[Typed]:
     """The largest value: of two tensors element by element, of all, or along an axis with its position."""
     if isinstance(dim, Typed):
         return context.broadcast(x, dim)

@@ -52,7 +52,9 @@ def activation_cost(plan: Plan, space: Space, moments: Sequence[CrossMoments]) -
 
 def _pairs(matrix: torch.Tensor, shape: Shape) -> torch.Tensor:
     """Reshape ``[fixed, outer * n, outer * n]`` to pairs of outer units times pairs of units."""
-    return matrix.reshape(shape.fixed, shape.outer, shape.size, shape.outer, shape.size).permute(0, 1, 3, 2, 4)
+    return matrix.reshape(shape.fixed, shape.outer, shape.size, shape.outer, shape.size).permute(
+        0, 1, 3, 2, 4
+    )
 
 
 @dataclasses.dataclass(eq=False)
@@ -203,7 +205,7 @@ class WeightCost:
         unknown: Sequence[int],
         solutions: Mapping[str, Solution],
     ) -> torch.Tensor:
-        """Distance where other spaces of the same tree lie beside: each pair of outer units has its own map."""
+        """Distance beside other spaces of the tree, whose map differs with the pair of outer units."""
         rows = []
         for unit in range(place.shape.outer):
             moved = right
@@ -269,7 +271,9 @@ class _Place:
         b = self._features(right, unknown, self.shape.outer)
         shape = self.shape
         cross = torch.matmul(a.flatten(1, 2), b.flatten(1, 2).mT)
-        cross = cross.reshape(shape.fixed, a.shape[1], shape.size, shape.outer, shape.size).permute(0, 1, 3, 2, 4)
+        cross = cross.reshape(shape.fixed, a.shape[1], shape.size, shape.outer, shape.size).permute(
+            0, 1, 3, 2, 4
+        )
         norms_a = a.square().sum(-1)[:, :, None, :, None]
         norms_b = b.square().sum(-1)[:, None, :, None, :]
         return (norms_a + norms_b - 2.0 * cross).double()

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from fxfusion.plan import Plan, Space, Symmetry
+from fxfusion.plan import Plan, Space
 from fxfusion.transport.assignment import assign
 from fxfusion.transport.map import HardMap, Map, SoftMap
 from fxfusion.transport.sinkhorn import sinkhorn
@@ -51,7 +51,10 @@ def trees(plan: Plan) -> list[Tree]:
     fixed = {space.name for space in plan.fixed}
     roots = [space for space in plan.spaces if not set(space.scope) - fixed]
     return [
-        Tree(root, (root, *sorted((s for s in plan.spaces if root.name in s.scope), key=lambda s: len(s.scope))))
+        Tree(
+            root,
+            (root, *sorted((s for s in plan.spaces if root.name in s.scope), key=lambda s: len(s.scope))),
+        )
         for root in roots
     ]
 
@@ -149,7 +152,9 @@ def to_maps(plan: Plan, tree: Tree, solved: Mapping[str, Solution]) -> dict[str,
         fixed = {item.name for item in plan.fixed}
         sizes = [plan.scope_size(name) for name in space.scope]
         if solution.plan is not None:
-            maps[space.name] = SoftMap.from_coupling(_spread(solution.plan, sizes, len(fixed & set(space.scope))), space.scope)
+            maps[space.name] = SoftMap.from_coupling(
+                _spread(solution.plan, sizes, len(fixed & set(space.scope))), space.scope
+            )
             continue
         assert solution.index is not None
         matched = _matched_outer(plan, space, maps)  # [fixed, outer]: source outer unit of each target one

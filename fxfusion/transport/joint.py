@@ -16,7 +16,16 @@ from fxfusion.plan import Plan
 from fxfusion.progress import Progress, silent
 from fxfusion.statistics import CrossMoments
 from fxfusion.transport.cost import State, WeightCost, activation_cost
-from fxfusion.transport.hierarchy import Coupling, Solution, Tree, costs_of, identity, solve_tree, to_maps, trees
+from fxfusion.transport.hierarchy import (
+    Coupling,
+    Solution,
+    Tree,
+    costs_of,
+    identity,
+    solve_tree,
+    to_maps,
+    trees,
+)
 from fxfusion.transport.map import Map
 
 MAXIMAL_SWEEPS = 30

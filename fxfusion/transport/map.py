@@ -154,9 +154,7 @@ def scope_dimensions(block: Block, dimension: int, scope: Sequence[str]) -> list
     return found
 
 
-def innermost(
-    block: Block, scopes: Mapping[str, Sequence[str]]
-) -> Iterator[tuple[str, int, list[int]]]:
+def innermost(block: Block, scopes: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, int, list[int]]]:
     """Yield space, dimension and outer dimensions of the spaces below which the block holds no other.
 
     Parameters

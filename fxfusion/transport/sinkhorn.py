@@ -44,7 +44,12 @@ def sinkhorn(costs: torch.Tensor, regularisation: float) -> tuple[torch.Tensor, 
     shifted = exact - exact.amin((-2, -1), keepdim=True)
     scale = shifted.mean((-2, -1), keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     solved = ot.solve_batch(
-        shifted / scale, reg=regularisation, max_iter=ITERATIONS, tol=PRECISION, method="log_sinkhorn", grad="detach"
+        shifted / scale,
+        reg=regularisation,
+        max_iter=ITERATIONS,
+        tol=PRECISION,
+        method="log_sinkhorn",
+        grad="detach",
     )
     plans = solved.plan
     values = (plans * exact).sum((-2, -1)) * costs.shape[-2]
