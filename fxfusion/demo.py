@@ -36,9 +36,10 @@ VARIANTS = (
 class Block(nn.Module):
     """One pre-norm transformer block with packed queries, keys and values."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.heads = heads
+        self.dropout = nn.Dropout(dropout)
         self.norm1 = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.projection = nn.Linear(width, width)
@@ -52,12 +53,14 @@ class Block(nn.Module):
         packed = self.qkv(self.norm1(tokens)).view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
         attended = functional.scaled_dot_product_attention(query, key, value)
-        tokens = tokens + self.projection(attended.transpose(1, 2).reshape(batch, length, width))
-        return tokens + self.contract(functional.gelu(self.expand(self.norm2(tokens))))
+        attended = self.dropout(attended.transpose(1, 2).reshape(batch, length, width))
+        tokens = tokens + self.dropout(self.projection(attended))
+        hidden = self.dropout(functional.gelu(self.expand(self.norm2(tokens))))
+        return tokens + self.dropout(self.contract(hidden))
 
 
 class DigitsViT(nn.Module):
-    """A vision transformer for images of 8 x 8 pixels, in patches of 2 x 2.
+    """A vision transformer for images of 8 x 8 pixels, in patches of 4 x 4.
 
     Parameters
     ----------
@@ -67,6 +70,9 @@ class DigitsViT(nn.Module):
         Number of blocks.
     heads : int, default 4
         Attention heads per block.
+    dropout : float, default 0.1
+        Share of hidden units that training leaves out at random. Units that cannot rely on each other
+        survive an average better.
 
     Examples
     --------
@@ -78,21 +84,22 @@ class DigitsViT(nn.Module):
     # What the command line makes example inputs from, as for a timm model.
     default_cfg = {"input_size": (1, 8, 8)}  # noqa: RUF012
 
-    def __init__(self, width: int = 64, depth: int = 3, heads: int = 4) -> None:
+    def __init__(self, width: int = 64, depth: int = 3, heads: int = 4, dropout: float = 0.1) -> None:
         super().__init__()
-        self.embedding = nn.Linear(4, width)
+        self.embedding = nn.Linear(16, width)
         self.class_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
-        self.positions = nn.Parameter(0.02 * torch.randn(1, 17, width))
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.positions = nn.Parameter(0.02 * torch.randn(1, 5, width))
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 10)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images of shape (batch, 1, 8, 8) to logits of shape (batch, 10)."""
         batch = images.shape[0]
-        patches = images.view(batch, 4, 2, 4, 2).transpose(2, 3).reshape(batch, 16, 4)
-        tokens = self.embedding(patches)
-        tokens = torch.cat([self.class_token.expand(batch, -1, -1), tokens], dim=1) + self.positions
+        patches = images.view(batch, 2, 4, 2, 4).transpose(2, 3).reshape(batch, 4, 16)
+        tokens = torch.cat([self.class_token.expand(batch, -1, -1), self.embedding(patches)], dim=1)
+        tokens = self.dropout(tokens + self.positions)
         for block in self.blocks:
             tokens = block(tokens)
         logits: Tensor = self.head(self.norm(tokens[:, 0]))
@@ -293,21 +300,22 @@ def _train(
     progress: Progress,
     task: TaskID,
 ) -> None:
-    generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=settings.weight_decay)
     steps = epochs * -(-len(digits.images) // settings.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.15)
     model.train()
-    for _ in range(epochs):
-        for batch in torch.randperm(len(digits.images), generator=generator).split(settings.batch_size):
-            images = digits.images[batch]
-            images = images + settings.noise * torch.randn(images.shape, generator=generator)
-            loss = functional.cross_entropy(model(images), digits.labels[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        progress.advance(task)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for _ in range(epochs):
+            for batch in torch.randperm(len(digits.images)).split(settings.batch_size):
+                images = digits.images[batch]
+                images = images + settings.noise * torch.randn_like(images)
+                loss = functional.cross_entropy(model(images), digits.labels[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+            progress.advance(task)
     model.eval()
 
 

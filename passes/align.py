@@ -12,10 +12,10 @@ from torch.fx.passes.infra.pass_base import PassResult
 from fxfusion.calibration import Batches
 from fxfusion.passes.base import FusionPass
 from fxfusion.progress import Progress, silent
-from fxfusion.state import FusionState, state_of
+from fxfusion.state import state_of
 from fxfusion.statistics import collect
 from fxfusion.transport.hierarchy import Coupling
-from fxfusion.transport.joint import Alignment, align_activations, align_weights
+from fxfusion.transport.joint import align
 
 
 @dataclasses.dataclass
@@ -29,7 +29,7 @@ class Align(FusionPass):
     target : int
         Position of the parent in whose basis the others are expressed.
     batches : Batches, optional
-        Calibration data; without it, weights are compared.
+        Calibration data; without it, weights alone are compared.
     coupling : Coupling
         Hard or soft.
     progress : callable, optional
@@ -50,40 +50,32 @@ class Align(FusionPass):
         state = state_of(graph_module)
         state.parents = [state.capture.canonical(parent) for parent in self.parents]
         state.target = range(len(self.parents))[self.target]
-        state.alignments = (
-            self._from_weights(state) if self.batches is None else self._from_activations(state)
-        )
+        assert state.plan is not None
+        moments = None
+        if self.batches is not None:
+            moments = collect(
+                state.capture,
+                state.plan,
+                state.parents,
+                state.target,
+                self.batches,
+                len(self.batches),
+                self.progress,
+            )
+        state.alignments = [
+            None
+            if index == state.target
+            else align(
+                state.plan,
+                state.parents[state.target],
+                parent,
+                self.coupling,
+                moments[index] if moments else None,
+                self.progress,
+            )
+            for index, parent in enumerate(state.parents)
+        ]
         return PassResult(graph_module, False)
-
-    def _from_weights(self, state: FusionState) -> list[Alignment | None]:
-        assert state.plan is not None
-        target = state.parents[state.target]
-        return [
-            None
-            if index == state.target
-            else align_weights(state.plan, target, parent, self.coupling, self.progress)
-            for index, parent in enumerate(state.parents)
-        ]
-
-    def _from_activations(self, state: FusionState) -> list[Alignment | None]:
-        assert state.plan is not None
-        assert self.batches is not None
-        moments = collect(
-            state.capture,
-            state.plan,
-            state.parents,
-            state.target,
-            self.batches,
-            len(self.batches),
-            self.progress,
-        )
-        target = state.parents[state.target]
-        return [
-            None
-            if index == state.target
-            else align_activations(state.plan, moments[index], self.coupling, target, parent)
-            for index, parent in enumerate(state.parents)
-        ]
 
     def ensures(self, graph_module: GraphModule) -> None:
         """Every parent but the target has its transports."""

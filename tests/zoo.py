@@ -399,13 +399,13 @@ class TiedAutoencoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Linear(6, 8)
-        self.code = nn.Linear(8, 5)
+        self.squeeze = nn.Linear(8, 5)
         self.shift = nn.Parameter(torch.zeros(8))
         self.head = nn.Linear(8, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        code = self.code(self.embed(x)).relu()
-        return self.head((code @ self.code.weight + self.shift).relu())  # type: ignore[no-any-return]
+        code = self.squeeze(self.embed(x)).relu()
+        return self.head((code @ self.squeeze.weight + self.shift).relu())  # type: ignore[no-any-return]
 
 
 class SharedModule(nn.Module):
@@ -553,6 +553,19 @@ class Convolution1d(nn.Module):
         return self.head(F.max_pool1d(self.second(x).relu(), 2).mean(-1))  # type: ignore[no-any-return]
 
 
+class GroupNorm(nn.Module):
+    """Channels normalised in groups: they may differ from group to group, and groups may change places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 1)
+        self.norm = nn.GroupNorm(4, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.first(x)).relu().mean((2, 3)))  # type: ignore[no-any-return]
+
+
 ADVERSARIAL: dict[str, Zoo] = {
     "packed_chunks": Zoo(Attention, _tokens),
     "packed_outer": Zoo(PackedOuter, _tokens),
@@ -575,4 +588,5 @@ ADVERSARIAL: dict[str, Zoo] = {
     "perceptron": Zoo(Perceptron, _vectors),
     "perceptron_showing": Zoo(lambda: Perceptron(show=True), _vectors),
     "convolution1d": Zoo(Convolution1d, _tokens),
+    "group_norm": Zoo(GroupNorm, _images),
 }

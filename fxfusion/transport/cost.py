@@ -1,10 +1,10 @@
 """Ground costs: how far a unit of the target is from a unit of the source.
 
 Weights
-    The squared Euclidean distance between everything that a unit writes and reads, both parents'
+    Half the mean squared distance between everything that a unit writes and reads, both parents'
     parameters scaled to unit root mean square and the source's other axes carried by the transports
-    found so far (activations aside, the objective of weight matching: Ainsworth, Hayase and Srinivasa,
-    Git Re-Basin, ICLR 2023, summed over all incidences of a space).
+    found so far: one minus a cosine similarity over all incidences of the space. Up to that scale, the
+    objective of weight matching (Ainsworth, Hayase and Srinivasa, Git Re-Basin, ICLR 2023).
 Activations
     One minus the correlation of two units over calibration samples, averaged over the places where the
     space is observed.
@@ -146,7 +146,18 @@ class WeightCost:
                         place = _Place(block, dimension, scope, shapes[space])
                         views = block.view(left), carried
                         total[space] += self._distance(place, tree, *views, maps, solutions)
-        return total
+        scale = 0.5 / self._features(tree, shapes)
+        return {name: cost * scale for name, cost in total.items()}
+
+    def _features(self, tree: Tree, shapes: Mapping[str, Shape]) -> float:
+        """Return the mean number of weights by which an innermost unit of a tree is compared."""
+        volume, compared = 0, set()
+        for name in self.parameters(tree):
+            for block in self.plan.layouts[name].blocks:
+                found = [space for space, _, _ in innermost(block, self._scopes) if space in tree.names]
+                volume += block.volume * len(found)
+                compared.update(found)
+        return volume / sum(shapes[name].units for name in compared)
 
     def _standardised(self, side: int, name: str) -> torch.Tensor | None:
         """Return a parameter in float32 at unit root mean square, a vector centred; None if constant."""

@@ -78,6 +78,11 @@ class Shape:
         )
 
     @property
+    def units(self) -> int:
+        """Number of units, over all outer units."""
+        return self.fixed * self.outer * self.size
+
+    @property
     def cost(self) -> tuple[int, int, int, int, int]:
         """``[fixed, target outer, source outer, target units, source units]``."""
         return self.fixed, self.outer, self.outer, self.size, self.size

@@ -1,16 +1,16 @@
 """Joint solving: one transport per space, from everything that touches it.
 
-From activations one solve per space suffices: its cost does not depend on other transports. From weights it
-does, so spaces are first solved in an order in which each can be compared through axes that are fixed or
-already solved, then block-coordinate sweeps improve one space at a time until none improves.
+The cost of a space is the sum over all its writers and readers and, with calibration data, over all places
+where it is observed, in common units (one minus a similarity). Weights can be compared only along axes that
+are already aligned. So spaces are first solved from activations or, without, in an order in which each can
+be compared through axes that are fixed or solved before; then block-coordinate sweeps solve one tree of
+spaces at a time given all others, and keep what costs less, until none improves.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-
-import torch
 
 from fxfusion.plan import Plan
 from fxfusion.progress import Progress, silent
@@ -41,9 +41,10 @@ class Alignment:
     maps : dict of str to HardMap or SoftMap
     before, after : dict of str to float
         Per space: ground cost, including the spaces below it, under the identity pairing and under the
-        transport; squared distances for weights, sums of one minus correlation for activations.
+        transport, summed over its units: about 1 per unit and source of evidence for units that have
+        nothing in common, 0 for equal ones.
     sweeps : int
-        Number of block-coordinate sweeps (0 from activations).
+        Number of block-coordinate sweeps.
     """
 
     maps: dict[str, Map]
@@ -52,56 +53,15 @@ class Alignment:
     sweeps: int = 0
 
 
-def align_activations(
+def align(
     plan: Plan,
-    moments: Mapping[str, Sequence[CrossMoments]],
-    coupling: Coupling,
     target: State,
     source: State,
+    coupling: Coupling,
+    moments: Mapping[str, Sequence[CrossMoments]] | None = None,
+    progress: Progress = silent,
 ) -> Alignment:
-    """Solve every space from calibration moments.
-
-    A tree of spaces that no activation shows (a table that only parameters meet) is solved from weights,
-    after the others.
-
-    Parameters
-    ----------
-    plan : Plan
-    moments : mapping of str to sequence of CrossMoments
-        From :func:`fxfusion.statistics.collect`.
-    coupling : Coupling
-    target, source : mapping of str to torch.Tensor
-        Weights by the names that the graph uses.
-
-    Returns
-    -------
-    Alignment
-    """
-    solver = _Solver(plan, coupling)
-    weights = WeightCost(plan, target, source)
-    unseen = [tree for tree in trees(plan) if not _is_seen(tree, moments)]
-    for tree in [*(tree for tree in trees(plan) if _is_seen(tree, moments)), *unseen]:
-        if tree in unseen:
-            costs = weights.costs(tree, solver.alignment.maps, solver.solutions)
-        else:
-            costs = {space.name: activation_cost(plan, space, moments[space.name]) for space in tree.members}
-        solver.accept(tree, solve_tree(plan, tree, costs, coupling))
-        solver.record(tree, costs)
-    return solver.alignment
-
-
-def _is_seen(tree: Tree, moments: Mapping[str, Sequence[CrossMoments]]) -> bool:
-    """Return whether every space of a tree, or a space below it, was observed."""
-    return all(
-        moments[space.name] or any(moments[below.name] for below in tree.members if space.name in below.scope)
-        for space in tree.members
-    )
-
-
-def align_weights(
-    plan: Plan, target: State, source: State, coupling: Coupling, progress: Progress = silent
-) -> Alignment:
-    """Solve every space from weights.
+    """Solve the transport of every space from one parent into the target's basis.
 
     Parameters
     ----------
@@ -109,26 +69,26 @@ def align_weights(
     target, source : mapping of str to torch.Tensor
         Weights by the names that the graph uses.
     coupling : Coupling
+        Hard or soft.
+    moments : mapping of str to sequence of CrossMoments, optional
+        Of activations, from :func:`fxfusion.statistics.collect`; without them weights alone are compared.
     progress : callable, optional
 
     Returns
     -------
     Alignment
     """
-    weights = WeightCost(plan, target, source)
-    solver = _Solver(plan, coupling)
+    solver = _Solver(plan, coupling, WeightCost(plan, target, source), moments or {})
     pending = trees(plan)
     order: list[Tree] = []
     while pending:
-        solved = frozenset(solver.alignment.maps)
-        tree = max(pending, key=lambda item: weights.anchored(item, solved))
+        tree = max(pending, key=solver.readiness)
         pending.remove(tree)
         order.append(tree)
-        costs = weights.costs(tree, solver.alignment.maps, solver.solutions, partial=True)
-        solver.accept(tree, solve_tree(plan, tree, costs, coupling))
+        solver.start(tree)
         progress("match", len(order), len(order) + len(pending))
     for sweep in range(1, MAXIMAL_SWEEPS + 1):
-        improved = [solver.improve(weights, tree) for tree in order]
+        improved = [solver.improve(tree) for tree in order]
         solver.alignment.sweeps = sweep
         progress("refine", sweep, MAXIMAL_SWEEPS)
         if not any(improved):
@@ -139,30 +99,59 @@ def align_weights(
 class _Solver:
     """The transports found so far, with the solutions (for all pairs of outer units) behind them."""
 
-    def __init__(self, plan: Plan, coupling: Coupling) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        coupling: Coupling,
+        weights: WeightCost,
+        moments: Mapping[str, Sequence[CrossMoments]],
+    ) -> None:
         self.plan = plan
         self.coupling = coupling
+        self.weights = weights
+        self.observed = {
+            tree.root.name: {
+                space.name: activation_cost(plan, space, moments[space.name]) for space in tree.members
+            }
+            for tree in trees(plan)
+            if moments and _is_seen(tree, moments)
+        }
         self.alignment = Alignment({}, {}, {})
         self.solutions: dict[str, Solution] = {}
 
-    def accept(self, tree: Tree, solved: Mapping[str, Solution]) -> None:
+    def readiness(self, tree: Tree) -> tuple[bool, int]:
+        """Return how well a tree can be compared now: activations first, then the most anchored."""
+        return tree.root.name in self.observed, self.weights.anchored(tree, frozenset(self.alignment.maps))
+
+    def start(self, tree: Tree) -> None:
+        """Solve a tree for the first time, from what needs no unsolved space."""
+        costs = self.observed.get(tree.root.name)
+        if costs is None:
+            costs = self.weights.costs(tree, self.alignment.maps, self.solutions, partial=True)
+        self._accept(tree, solve_tree(self.plan, tree, costs, self.coupling))
+
+    def improve(self, tree: Tree) -> bool:
+        """Solve a tree anew given all other transports; keep the result if it costs less."""
+        costs = self.weights.costs(tree, self.alignment.maps, self.solutions)
+        for name, observed in self.observed.get(tree.root.name, {}).items():
+            costs[name] += observed
+        solved = solve_tree(self.plan, tree, costs, self.coupling)
+        old, new = (costs_of(self.plan, tree, costs, item) for item in (self.solutions, solved))
+        improved = new[tree.root.name] < old[tree.root.name] * (1.0 - _IMPROVEMENT)
+        if improved:
+            self._accept(tree, solved)
+        self.alignment.before.update(costs_of(self.plan, tree, costs, identity(self.plan, tree)))
+        self.alignment.after.update(new if improved else old)
+        return improved
+
+    def _accept(self, tree: Tree, solved: Mapping[str, Solution]) -> None:
         self.solutions.update(solved)
         self.alignment.maps.update(to_maps(self.plan, tree, solved))
 
-    def improve(self, weights: WeightCost, tree: Tree) -> bool:
-        """Solve a tree anew given all other transports; keep the result if it costs less."""
-        costs = weights.costs(tree, self.alignment.maps, self.solutions)
-        solved = solve_tree(self.plan, tree, costs, self.coupling)
-        old, new = (
-            costs_of(self.plan, tree, costs, item)[tree.root.name] for item in (self.solutions, solved)
-        )
-        improved = new < old - _IMPROVEMENT * abs(old)
-        if improved:
-            self.accept(tree, solved)
-        self.record(tree, costs)
-        return improved
 
-    def record(self, tree: Tree, costs: Mapping[str, torch.Tensor]) -> None:
-        """Note what each space costs, before and after."""
-        self.alignment.before.update(costs_of(self.plan, tree, costs, identity(self.plan, tree)))
-        self.alignment.after.update(costs_of(self.plan, tree, costs, self.solutions))
+def _is_seen(tree: Tree, moments: Mapping[str, Sequence[CrossMoments]]) -> bool:
+    """Return whether every space of a tree, or a space below it, was observed."""
+    return all(
+        moments[space.name] or any(moments[below.name] for below in tree.members if space.name in below.scope)
+        for space in tree.members
+    )
