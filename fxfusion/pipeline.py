@@ -33,7 +33,7 @@ from fxfusion.validation import check_choice, check_parents, check_shares, model
 
 FEATURES = ("activations", "weights")
 COUPLINGS = ("hard", "soft")
-SOFT_REGULARISATION = 0.05
+SOFT_REGULARISATION = 0.002
 LARGEST_DOUBLE = 4 << 30  # bytes of float64 weights that certification may hold
 
 
@@ -220,7 +220,7 @@ def fuse(
     kwargs: Mapping[str, Any] | None = None,
     calibration: Iterable[Any] | None = None,
     features: str | None = None,
-    coupling: str = "soft",
+    coupling: str = "hard",
     weights: Sequence[float] | None = None,
     target: int = -1,
     seed: int = 0,
@@ -239,9 +239,11 @@ def fuse(
     calibration : iterable, optional
         Batches of what the models take: tensors, tuples or dicts. Labels are not needed and ignored.
     features : {"activations", "weights"}, optional
-        What is compared. Default: activations if there is calibration (they measured better), else weights.
-    coupling : {"soft", "hard"}
-        Sinkhorn couplings or permutations. Soft measured better for transformers at equal cost.
+        What is compared: weights alone, or activations too. Default: activations if there is calibration
+        (they measured 11 points better), else weights.
+    coupling : {"hard", "soft"}
+        Permutations or Sinkhorn couplings. On six pairs of vision transformers (README) both measured
+        alike in accuracy and hard better in loss; hard also undoes a planted twin exactly.
     weights : sequence of float, optional
         The parents' shares, scaled to sum to one; equal by default.
     target : int

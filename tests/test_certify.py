@@ -36,7 +36,7 @@ def test_a_random_element_of_the_group_keeps_the_function(name: str) -> None:
     certificate = certify_plan(state.capture, plan_of(name), weights_of(name), state.outputs, seed=1)
     assert certificate.ok
     assert certificate.max_relative_error <= TOLERANCE == 1e-9
-    assert certificate.moved > (0.9 if name in zoo.MODELS else 0.5)
+    assert certificate.moved > (0.9 if name in zoo.MODELS else 0.4)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -62,8 +62,8 @@ def test_certify_by_its_public_name(name: str) -> None:
 
 
 def _leaves_no_trace(parameter: str, block: int) -> bool:
-    """A bias of keys adds the same to all scores of a query, and softmax forgets it."""
-    names = ("key.bias", "k_proj.bias", "k_lin.bias")
+    """What adds the same to all scores of a query, a bias of keys above all: softmax forgets it."""
+    names = ("key.bias", "k_proj.bias", "k_lin.bias", "k_norm.bias", "before.bias")
     return parameter.endswith(names) or (parameter.endswith(("qkv.bias", "c_attn.bias")) and block == 1)
 
 
@@ -74,6 +74,7 @@ def _only(plan: Plan, space: Space, seed: int) -> dict[str, HardMap]:
 
 
 CONTROLS = [*SMALL, "distilbert", *zoo.ADVERSARIAL]
+MOST_VARIANTS = 40  # of a model of the zoo, spread evenly over its spaces
 
 
 @pytest.mark.parametrize("name", CONTROLS)
@@ -93,6 +94,8 @@ def test_leaving_out_one_incidence_of_a_space_changes_the_output(name: str) -> N
                     variants.append({**moved, parameter: tensor})
                     labels.append(f"{space.name}: block {index} of {parameter}")
     assert len(variants) >= 2 * len(plan.spaces)
+    step = -(-len(variants) // MOST_VARIANTS)
+    variants, labels = variants[::step], labels[::step]
     program = Program(captured.capture, double=True)
     # A second input: an example that rectifiers silence would show nothing.
     inputs = randomise((captured.capture.args, captured.capture.kwargs), torch.Generator().manual_seed(3))

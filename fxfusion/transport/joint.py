@@ -18,6 +18,7 @@ from fxfusion.statistics import CrossMoments
 from fxfusion.transport.cost import State, WeightCost, activation_cost
 from fxfusion.transport.hierarchy import (
     Coupling,
+    Shape,
     Solution,
     Tree,
     costs_of,
@@ -29,7 +30,7 @@ from fxfusion.transport.hierarchy import (
 from fxfusion.transport.map import Map
 
 MAXIMAL_SWEEPS = 30
-_IMPROVEMENT = 1e-9  # relative: a smaller one is rounding
+_IMPROVEMENT = 1e-6  # of the cost of units that have nothing in common: a smaller one is rounding
 
 
 @dataclasses.dataclass(eq=False)
@@ -87,12 +88,15 @@ def align(
         order.append(tree)
         solver.start(tree)
         progress("match", len(order), len(order) + len(pending))
-    for sweep in range(1, MAXIMAL_SWEEPS + 1):
-        improved = [solver.improve(tree) for tree in order]
-        solver.alignment.sweeps = sweep
-        progress("refine", sweep, MAXIMAL_SWEEPS)
-        if not any(improved):
-            break
+    stale = {tree.root.name for tree in order}
+    while stale and solver.alignment.sweeps < MAXIMAL_SWEEPS:
+        for tree in order:
+            if tree.root.name in stale:
+                stale.remove(tree.root.name)
+                if solver.improve(tree):
+                    stale |= solver.neighbours[tree.root.name]
+        solver.alignment.sweeps += 1
+        progress("refine", solver.alignment.sweeps, MAXIMAL_SWEEPS)
     return solver.alignment
 
 
@@ -116,6 +120,11 @@ class _Solver:
             for tree in trees(plan)
             if moments and _is_seen(tree, moments)
         }
+        holders = {tree.root.name: set(weights.parameters(tree)) for tree in trees(plan)}
+        self.neighbours = {
+            name: {other for other, theirs in holders.items() if held & theirs}
+            for name, held in holders.items()
+        }
         self.alignment = Alignment({}, {}, {})
         self.solutions: dict[str, Solution] = {}
 
@@ -137,7 +146,8 @@ class _Solver:
             costs[name] += observed
         solved = solve_tree(self.plan, tree, costs, self.coupling)
         old, new = (costs_of(self.plan, tree, costs, item) for item in (self.solutions, solved))
-        improved = new[tree.root.name] < old[tree.root.name] * (1.0 - _IMPROVEMENT)
+        unmatched = sum(Shape.of(self.plan, space).units for space in tree.members)
+        improved = new[tree.root.name] < old[tree.root.name] - _IMPROVEMENT * unmatched
         if improved:
             self._accept(tree, solved)
         self.alignment.before.update(costs_of(self.plan, tree, costs, identity(self.plan, tree)))

@@ -450,6 +450,7 @@ def _index() -> dict[str, list[Example]]:
         "gather": [
             call(aten.gather.default, real(2, 4), 1, INDICES),
             call(aten.gather.default, real(3, 4), 1, INDICES),
+            call(aten.gather.default, real(3, 4, 5), 2, INDICES.expand(2, 2, 3)),
         ],
         "take_along_dim": [
             call(aten.take_along_dim.default, real(2, 4), INDICES, 1),
