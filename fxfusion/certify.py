@@ -15,6 +15,8 @@ from fxfusion.plan import Plan
 from fxfusion.symmetry import act, random_maps
 
 TOLERANCE = 1e-9  # relative, in float64
+SINGLE_TOLERANCE = 1e-4  # relative, where float64 does not fit
+LARGEST_DOUBLE = 8 << 30  # bytes that the two sets of float64 weights may take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +47,9 @@ def certify_plan(
     state: Mapping[str, torch.Tensor],
     outputs: frozenset[int],
     seed: int = 0,
-    tolerance: float = TOLERANCE,
+    samples: int | None = None,
 ) -> Certificate:
-    """Certify a plan on one set of weights, in float64.
+    """Certify a plan on one set of weights, in float64 where that fits in memory, else in float32.
 
     Parameters
     ----------
@@ -59,8 +61,8 @@ def certify_plan(
         Flat positions of the outputs that must be kept.
     seed : int
         Draws the group element and the second input.
-    tolerance : float
-        Largest relative error that counts as unchanged.
+    samples : int, optional
+        How many samples of the example are run; all by default.
 
     Returns
     -------
@@ -68,15 +70,29 @@ def certify_plan(
     """
     generator = torch.Generator().manual_seed(seed)
     twin = act(plan, random_maps(plan, generator), state)
-    program = Program(capture, double=True)
+    double = 2 * 8 * sum(tensor.numel() for tensor in state.values()) <= LARGEST_DOUBLE
+    tolerance = TOLERANCE if double else SINGLE_TOLERANCE
+    program = Program(capture, double)
     worst = 0.0
-    second = randomise((capture.args, capture.kwargs), generator)
-    for args, kwargs in ((capture.args, capture.kwargs), second):
+    example = _first_samples(capture, samples)
+    for args, kwargs in (example, randomise(example, generator)):
         original, changed = program.run([state, twin], args, kwargs)
         worst = max(worst, *(_difference(original[index], changed[index]) for index in outputs))
     total = sum(state[name].numel() for name in plan.layouts)
     differing = sum(int((state[name] != twin[name]).sum()) for name in plan.layouts)
     return Certificate(worst <= tolerance, worst, differing / total if total else 0.0, tolerance)
+
+
+def _first_samples(capture: Capture, samples: int | None) -> Any:
+    example = (capture.args, capture.kwargs)
+    sizes = {
+        leaf.shape[0] if leaf.ndim else 0
+        for leaf in pytree.tree_leaves(example)
+        if isinstance(leaf, torch.Tensor)
+    }
+    if samples is None or not capture.dynamic or len(sizes) != 1:
+        return example
+    return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor[:samples], example)
 
 
 def _difference(left: Any, right: Any) -> float:

@@ -109,8 +109,8 @@ def _chains(
 ) -> dict[Leaf, tuple[Leaf, ...]]:
     """Order the outer leaves of each free leaf into a chain, fixed ones first, outermost first.
 
-    Of two leaves that could depend on each other the earlier is the outer one. A chain nests: each free
-    member has exactly those before it as its own chain, so that solvers may treat spaces as a tree.
+    Of two leaves that could depend on each other the earlier is the outer one. Chains nest: the chain of
+    each free member is the part before it, so that solvers may treat spaces as trees.
     """
     chains: dict[Leaf, tuple[Leaf, ...]] = {}
     for leaf in sorted(filter(_is_free, outer), key=lambda item: (len(outer[item] & held), rank[item])):
@@ -119,23 +119,16 @@ def _chains(
             for other in outer[leaf] & held
             if other.size > 1 and not (leaf in outer.get(other, ()) and rank[leaf] < rank[other])
         ]
-        fixed = sorted((other for other in above if other.fixed), key=rank.__getitem__)
-        chain = list(fixed)
-        for other in sorted(
-            filter(_is_free, above), key=lambda item: (len(chains.get(item, ())), rank[item])
-        ):
-            if chains.get(other) == tuple(chain) or (
-                not _free_part(chain) and _fits(chains.get(other), fixed)
-            ):
-                chain = [*(chains[other] if not _free_part(chain) else chain), other]
-        chains[leaf] = tuple(chain)
+        above.sort(key=lambda item: (len(chains.get(item, ())), rank[item]))
+        fixed = tuple(other for other in above if other.fixed)
+        nested: tuple[Leaf, ...] = ()
+        for other in above:
+            if other in chains and _continues(chains[other], nested, fixed):
+                nested = (*chains[other], other)
+        chains[leaf] = nested or fixed
     return chains
 
 
-def _free_part(chain: Sequence[Leaf]) -> list[Leaf]:
-    return [leaf for leaf in chain if not leaf.fixed]
-
-
-def _fits(chain: tuple[Leaf, ...] | None, fixed: Sequence[Leaf]) -> bool:
-    """Return whether a chain consists of fixed leaves that the inner space depends on too."""
-    return chain is not None and all(leaf in fixed for leaf in chain)
+def _continues(chain: tuple[Leaf, ...], nested: tuple[Leaf, ...], fixed: tuple[Leaf, ...]) -> bool:
+    """Return whether a leaf with this chain lies right below ``nested``, or starts a chain."""
+    return chain == nested if nested else set(chain) <= set(fixed)

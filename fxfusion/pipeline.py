@@ -15,7 +15,7 @@ from torch.fx.passes.infra.pass_manager import PassManager
 
 from fxfusion.calibration import Batches
 from fxfusion.capture import Model, capture
-from fxfusion.certify import TOLERANCE, Certificate, certify_plan
+from fxfusion.certify import Certificate, certify_plan
 from fxfusion.errors import CalibrationRequiredError, CertificationError, InvalidWeightError
 from fxfusion.passes.align import Align
 from fxfusion.passes.apply_transports import ApplyTransports
@@ -33,8 +33,8 @@ from fxfusion.validation import check_choice, check_parents, check_shares, model
 
 FEATURES = ("activations", "weights")
 COUPLINGS = ("hard", "soft")
-SOFT_REGULARISATION = 0.002
-LARGEST_DOUBLE = 4 << 30  # bytes of float64 weights that certification may hold
+SOFT_REGULARISATION = 0.005
+CERTIFIED_SAMPLES = 2  # of the example, on which parents are certified before they are fused
 
 
 def prepare(
@@ -369,11 +369,14 @@ def _certify_all(
     found = []
     for index, (model, weights) in enumerate(zip(models, states, strict=True)):
         typed = state.capture.canonical(weights)
-        certificate = certify_plan(state.capture, state.plan, typed, state.outputs, seed)
+        certificate = certify_plan(
+            state.capture, state.plan, typed, state.outputs, seed, samples=CERTIFIED_SAMPLES
+        )
         if not certificate.ok:
             raise CertificationError(
                 f"a random element of the symmetry inferred for {model_name(model, index)} changes its "
-                f"outputs by {certificate.max_relative_error:.1e} (at most {TOLERANCE:.0e} is allowed): the "
+                f"outputs by {certificate.max_relative_error:.1e} (at most {certificate.tolerance:.0e} is "
+                "allowed): the "
                 "plan is unsound and nothing was fused. Please report the model."
             )
         found.append(certificate)
@@ -429,8 +432,6 @@ def _mean(values: Sequence[float]) -> float:
 
 def _notes(state: FusionState) -> tuple[str, ...]:
     notes = []
-    if state.capture.unused:
-        notes.append(f"never read by the graph, averaged as they are: {', '.join(state.capture.unused)}")
     if not state.capture.dynamic:
         notes.append("the model fixes its batch size: the fused module takes the example's only")
     return tuple(notes)

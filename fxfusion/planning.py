@@ -59,7 +59,7 @@ def make_plan(capture: Capture, outputs: frozenset[int]) -> Plan:
         spaces=movable,
         fixed=tuple(space for space in spaces if space.symmetry is Symmetry.FIXED),
         covered=_covered(capture, layouts, {space.name for space in movable}),
-        limits=tuple(_limits(inferred)),
+        limits=(*_limits(inferred), *_unused(capture)),
         graph=flow_graph(capture, inferred, movable, layouts, {leaf: names[leaf] for leaf in free}),
         layouts=layouts,
         activations=_activations(inferred, names),
@@ -128,6 +128,14 @@ def _covered(capture: Capture, layouts: dict[str, ParameterLayout], free: set[st
         if any(factor.space in free for factor in block.factors)
     )
     return covered / total if total else 0.0
+
+
+def _unused(capture: Capture) -> list[Limit]:
+    if not capture.unused:
+        return []
+    return [
+        Limit("", "", "the graph never reads these parameters: they stay as they are", "", capture.unused)
+    ]
 
 
 def _limits(inferred: Inferred) -> list[Limit]:

@@ -61,8 +61,8 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.randn(3, 7, 2))
 
     def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        hidden = torch.relu(torch.einsum("bi,eij->bej", x, self.up))
-        return (torch.einsum("bej,ejk->bek", hidden, self.down) * gate.unsqueeze(-1)).sum(1)
+        outputs = torch.relu(x @ self.up) @ self.down  # [expert, batch, output]
+        return (outputs * gate.T.unsqueeze(-1)).sum(0)
 
 
 class Flipped(nn.Module):

@@ -7,10 +7,10 @@ import time
 
 import pytest
 import torch
-from tests import zoo
 
 import fxfusion
 from fxfusion.plan import Plan, Role
+from tests import zoo
 
 
 def plan_of(name: str) -> Plan:

@@ -20,7 +20,9 @@ def size_of(leaf: Leaf) -> str:
 
 def trees() -> st.SearchStrategy[Axis]:
     """Draw types without cases."""
-    leaves = st.builds(lambda size, constant: Constant(size) if constant else Leaf(size), st.integers(1, 3), st.booleans())
+    leaves = st.builds(
+        lambda size, constant: Constant(size) if constant else Leaf(size), st.integers(1, 3), st.booleans()
+    )
     return st.recursive(
         leaves,
         lambda inner: st.one_of(
@@ -51,7 +53,13 @@ def test_blocks_tile_any_tensor(axes: list[Axis]) -> None:
 
 
 @FAST
-@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.lists(st.integers(0, 2), max_size=3), st.booleans())
+@given(
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.lists(st.integers(0, 2), max_size=3),
+    st.booleans(),
+)
 def test_blocks_tile_packed_tensors(
     parts: int, heads: int, size: int, selected: list[int], unpacked: bool
 ) -> None:

@@ -98,7 +98,7 @@ def _timm(name: str) -> Zoo:
     def make() -> nn.Module:
         import timm
 
-        return timm.create_model(name, pretrained=False, num_classes=10)  # type: ignore[no-any-return]
+        return timm.create_model(name, pretrained=False, num_classes=10)
 
     return Zoo(make, lambda batch: ((torch.randn(batch, 3, 224, 224),), {}))
 
@@ -108,7 +108,7 @@ def _transformer(model: str, config: str, **options: Any) -> Callable[[], nn.Mod
         import transformers
 
         found = getattr(transformers, config)(**options)
-        return getattr(transformers, model)(found)  # type: ignore[no-any-return]
+        return getattr(transformers, model)(found)
 
     return make
 
@@ -286,7 +286,7 @@ class Attention(nn.Module):
         x = self.embed(x)
         q, k, v = self.split(self.qkv(self.norm(x)))
         x = x + self.proj(self.attend(q, k, v).transpose(1, 2).flatten(2))
-        return self.head(x)  # type: ignore[no-any-return]
+        return self.head(x)
 
 
 class PackedOuter(Attention):
@@ -316,7 +316,7 @@ class TalkingHeads(Attention):
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         scores = (q @ k.transpose(-2, -1) / 2).permute(0, 2, 3, 1)
         scores = self.before(scores).softmax(-2)
-        return self.after(scores).permute(0, 3, 1, 2) @ v  # type: ignore[no-any-return]
+        return self.after(scores).permute(0, 3, 1, 2) @ v
 
 
 class HeadNorm(Attention):
@@ -365,7 +365,7 @@ class Masked(Attention):
         x = self.embed(x)
         q, k, v = self.split(self.qkv(self.norm(x)))
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.head(x + self.proj(mixed.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
+        return self.head(x + self.proj(mixed.transpose(1, 2).flatten(2)))
 
 
 class SoftmaxOverHeads(nn.Module):
@@ -377,7 +377,7 @@ class SoftmaxOverHeads(nn.Module):
         self.second = nn.Linear(12, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.second(self.first(x).unflatten(-1, (3, 4)).softmax(-2).flatten(-2))  # type: ignore[no-any-return]
+        return self.second(self.first(x).unflatten(-1, (3, 4)).softmax(-2).flatten(-2))
 
 
 class Glu(nn.Module):
@@ -390,7 +390,7 @@ class Glu(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, value = self.first(x).chunk(2, dim=-1)
-        return self.second(gate.sigmoid() * value)  # type: ignore[no-any-return]
+        return self.second(gate.sigmoid() * value)
 
 
 class TiedAutoencoder(nn.Module):
@@ -405,7 +405,7 @@ class TiedAutoencoder(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         code = self.squeeze(self.embed(x)).relu()
-        return self.head((code @ self.squeeze.weight + self.shift).relu())  # type: ignore[no-any-return]
+        return self.head((code @ self.squeeze.weight + self.shift).relu())
 
 
 class SharedModule(nn.Module):
@@ -419,7 +419,7 @@ class SharedModule(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.embed(x).relu()
-        return self.head(self.middle(self.middle(x).relu()).relu())  # type: ignore[no-any-return]
+        return self.head(self.middle(self.middle(x).relu()).relu())
 
 
 class DenseBlock(nn.Module):
@@ -437,7 +437,7 @@ class DenseBlock(nn.Module):
         first = self.first(x).relu()
         second = torch.cat([first, self.second(first).relu()], dim=1)
         third = torch.cat([second, self.third(second).relu()], dim=1)
-        return self.head(self.norm(third).relu().mean((2, 3)))  # type: ignore[no-any-return]
+        return self.head(self.norm(third).relu().mean((2, 3)))
 
 
 class ChannelShuffle(nn.Module):
@@ -453,7 +453,7 @@ class ChannelShuffle(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.first(self.stem(x).relu()).relu()
         x = x.unflatten(1, (3, 4)).transpose(1, 2).flatten(1, 2)
-        return self.head(self.second(x).relu().mean((2, 3)))  # type: ignore[no-any-return]
+        return self.head(self.second(x).relu().mean((2, 3)))
 
 
 class GroupedConvolution(nn.Module):
@@ -471,7 +471,7 @@ class GroupedConvolution(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.norm(self.depthwise(self.stem(x).relu())).relu()
         x = self.pointwise(self.grouped(x).relu()).relu()
-        return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
+        return self.head(x.mean((2, 3)))
 
 
 class SqueezeExcite(nn.Module):
@@ -487,7 +487,7 @@ class SqueezeExcite(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.stem(x).relu()
         gate = self.expand(self.reduce(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
-        return self.head((x * gate).mean((2, 3)))  # type: ignore[no-any-return]
+        return self.head((x * gate).mean((2, 3)))
 
 
 class Cumsum(nn.Module):
@@ -500,7 +500,7 @@ class Cumsum(nn.Module):
         self.head = nn.Linear(7, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.second(self.first(x).relu().cumsum(-1)).relu())  # type: ignore[no-any-return]
+        return self.head(self.second(self.first(x).relu().cumsum(-1)).relu())
 
 
 class PositionsAndPadding(nn.Module):
@@ -518,7 +518,7 @@ class PositionsAndPadding(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.cat([self.token.expand(x.shape[0], -1, -1), self.embed(x)], dim=1) + self.positions
         x = F.pad(x, (0, 4)) + self.wider(self.norm(x)).relu()
-        return self.head(x[:, 0] + x.mean(1))  # type: ignore[no-any-return]
+        return self.head(x[:, 0] + x.mean(1))
 
 
 class Perceptron(nn.Module):
@@ -550,7 +550,7 @@ class Convolution1d(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.norm(self.first(x.transpose(1, 2))).relu()
-        return self.head(F.max_pool1d(self.second(x).relu(), 2).mean(-1))  # type: ignore[no-any-return]
+        return self.head(F.max_pool1d(self.second(x).relu(), 2).mean(-1))
 
 
 class GroupNorm(nn.Module):
@@ -563,7 +563,7 @@ class GroupNorm(nn.Module):
         self.head = nn.Linear(8, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.norm(self.first(x)).relu().mean((2, 3)))  # type: ignore[no-any-return]
+        return self.head(self.norm(self.first(x)).relu().mean((2, 3)))
 
 
 ADVERSARIAL: dict[str, Zoo] = {

@@ -30,7 +30,7 @@ from fxfusion.transport.hierarchy import (
 from fxfusion.transport.map import Map
 
 MAXIMAL_SWEEPS = 30
-_IMPROVEMENT = 1e-6  # of the cost of units that have nothing in common: a smaller one is rounding
+_IMPROVEMENT = 1e-5  # of the cost of units that have nothing in common: a smaller one is rounding
 
 
 @dataclasses.dataclass(eq=False)

@@ -62,7 +62,20 @@ def _unary() -> dict[str, list[Example]]:
         "isfinite": real(3, 5).where(truth(3, 5), torch.inf),
         "nan_to_num": real(3, 5).where(truth(3, 5), torch.nan),
     }
-    inside = "acos asin atanh digamma erfinv lgamma log log10 log1p log2 rsqrt sqrt".split()
+    inside = [
+        "acos",
+        "asin",
+        "atanh",
+        "digamma",
+        "erfinv",
+        "lgamma",
+        "log",
+        "log10",
+        "log1p",
+        "log2",
+        "rsqrt",
+        "sqrt",
+    ]
     plain = (
         "abs acos acosh asin asinh atan atanh ceil celu clone contiguous cos cosh deg2rad detach digamma elu "
         "erf erfc erfinv exp exp2 expm1 floor frac gelu hardshrink hardsigmoid hardswish hardtanh isfinite "
@@ -102,20 +115,30 @@ def _unary() -> dict[str, list[Example]]:
 
 def _binary() -> dict[str, list[Example]]:
     found = {}
-    bits = "__and__ __or__ __xor__ bitwise_and bitwise_or bitwise_xor".split()
+    bits = ["__and__", "__or__", "__xor__", "bitwise_and", "bitwise_or", "bitwise_xor"]
     for name in bits:
         found[name] = [call(getattr(aten, name).Tensor, whole(3, 5), whole(5))]
-    for name in "__lshift__ __rshift__ bitwise_left_shift bitwise_right_shift".split():
+    for name in ["__lshift__", "__rshift__", "bitwise_left_shift", "bitwise_right_shift"]:
         found[name] = [call(getattr(aten, name).Tensor, whole(3, 5), whole(5, high=4))]
-    for name in "add div fmod ldexp mul remainder rsub sub true_divide".split():
+    for name in ["add", "div", "fmod", "ldexp", "mul", "remainder", "rsub", "sub", "true_divide"]:
         x, y = (positive(3, 5) * 9).round(), (positive(5) * 5).round()
         found[name] = [call(getattr(aten, name).Tensor, x, y)]
-    for name in "eq ge gt le lt ne".split():
+    for name in ["eq", "ge", "gt", "le", "lt", "ne"]:
         x, y = (positive(3, 5) * 4).round(), (positive(5) * 4).round()
         found[name] = [call(getattr(aten, name).Tensor, x, y)]
-    for name in "atan2 floor_divide fmax fmin hypot logaddexp logaddexp2 maximum minimum".split():
+    for name in [
+        "atan2",
+        "floor_divide",
+        "fmax",
+        "fmin",
+        "hypot",
+        "logaddexp",
+        "logaddexp2",
+        "maximum",
+        "minimum",
+    ]:
         found[name] = [call(getattr(aten, name).default, real(3, 5), real(5))]
-    for name in "logical_and logical_or logical_xor".split():
+    for name in ["logical_and", "logical_or", "logical_xor"]:
         found[name] = [call(getattr(aten, name).default, Free(truth(3, 5)), Free(truth(5)))]
     found["add"] += [
         call(aten.add.Tensor, real(4, 1, 3), real(5, 1)),
@@ -254,7 +277,10 @@ def _contract() -> dict[str, list[Example]]:
         "mv": [call(aten.mv.default, real(3, 5), real(5))],
         "dot": [call(aten.dot.default, real(5), real(5))],
         "vdot": [call(aten.vdot.default, real(5), real(5))],
-        "inner": [call(aten.inner.default, real(5), real(5)), call(aten.inner.default, real(2, 5), real(3, 5))],
+        "inner": [
+            call(aten.inner.default, real(5), real(5)),
+            call(aten.inner.default, real(2, 5), real(3, 5)),
+        ],
         "outer": [call(aten.outer.default, real(3), real(5))],
         "addmm": [
             call(aten.addmm.default, real(2), real(3, 5), real(5, 2)),
@@ -286,8 +312,30 @@ def _conv() -> dict[str, list[Example]]:
         ],
         "conv3d": [call(aten.conv3d.default, real(1, 2, 4, 5, 6), real(3, 2, 2, 3, 2))],
         "convolution": [
-            call(aten.convolution.default, real(*image), real(6, 2, 2, 3), real(6), one, none, one, False, none, 2),
-            call(aten.convolution.default, real(*image), real(4, 3, 2, 3), real(6), one, none, one, True, none, 2),
+            call(
+                aten.convolution.default,
+                real(*image),
+                real(6, 2, 2, 3),
+                real(6),
+                one,
+                none,
+                one,
+                False,
+                none,
+                2,
+            ),
+            call(
+                aten.convolution.default,
+                real(*image),
+                real(4, 3, 2, 3),
+                real(6),
+                one,
+                none,
+                one,
+                True,
+                none,
+                2,
+            ),
         ],
         "conv_transpose1d": [call(aten.conv_transpose1d.default, real(2, 4, 5), real(4, 3, 2), real(3))],
         "conv_transpose2d": [
@@ -320,10 +368,10 @@ def _conv() -> dict[str, list[Example]]:
         "_upsample_bilinear2d_aa": [
             call(aten._upsample_bilinear2d_aa.default, real(2, 3, 4, 5), [7, 9], False)
         ],
-        "_upsample_bicubic2d_aa": [call(aten._upsample_bicubic2d_aa.default, real(2, 3, 4, 5), [7, 9], False)],
-        "_upsample_nearest_exact2d": [
-            call(aten._upsample_nearest_exact2d.default, real(2, 4, 3, 5), [6, 7])
+        "_upsample_bicubic2d_aa": [
+            call(aten._upsample_bicubic2d_aa.default, real(2, 3, 4, 5), [7, 9], False)
         ],
+        "_upsample_nearest_exact2d": [call(aten._upsample_nearest_exact2d.default, real(2, 4, 3, 5), [6, 7])],
     }
 
 

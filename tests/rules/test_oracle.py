@@ -30,7 +30,9 @@ EXEMPT = {
 }
 
 # What rules miss, by "operator/number of the example". All of it is a loss of coverage, none a falsehood.
-WINDOWS = "windows that do not overlap are sets, and a set of windows may be permuted; spatial axes stay fixed"
+WINDOWS = (
+    "windows that do not overlap are sets, and a set of windows may be permuted; spatial axes stay fixed"
+)
 REGULAR = "every position is treated alike (resampling, stride without overlap); spatial axes stay fixed"
 INDEXED = "units that constant indices pick equally often may swap; indexed axes stay fixed"
 MISSED: dict[str, tuple[str, set[str]]] = {
@@ -232,7 +234,9 @@ def test_group_norm_of_any_shape(groups: int, inner: int, positions: int, scaled
 def test_batch_norm_of_any_shape(channels: int, positions: list[int], scaled: bool) -> None:
     weight, bias = (real(channels) if scaled else None for _ in range(2))
     x = real(3, channels, *positions)
-    sound(aten.batch_norm.default, x, weight, bias, real(channels), positive(channels), False, 0.1, 1e-5, False)
+    sound(
+        aten.batch_norm.default, x, weight, bias, real(channels), positive(channels), False, 0.1, 1e-5, False
+    )
 
 
 @DRAWN
@@ -243,9 +247,7 @@ def test_attention_with_any_heads_and_mask(heads: int, group: int, mask: str) ->
     attended = None if shape is None else truth(*shape) | (torch.arange(5) == 0)
     if mask == "float":
         attended = real(1, 1, 3, 5)
-    sound(
-        aten.scaled_dot_product_attention.default, query, key, value, attended, enable_gqa=group > 1
-    )
+    sound(aten.scaled_dot_product_attention.default, query, key, value, attended, enable_gqa=group > 1)
 
 
 @st.composite
@@ -355,9 +357,7 @@ def _conv_without_groups(
     return Typed((x.axes[0], channels, *context.fixed_like(context.shapes[0][2:])))
 
 
-def _layer_norm_without_weight(
-    context: Context, x: Typed, shape: Sequence[int], *_: Any
-) -> Typed:
+def _layer_norm_without_weight(context: Context, x: Typed, shape: Sequence[int], *_: Any) -> Typed:
     context.mix(x.axes[: -len(shape)], x.axes[-len(shape) :])
     return Typed(x.axes)
 
@@ -375,7 +375,9 @@ def _reduction_that_keeps(context: Context, x: Typed, *_: Any) -> Typed:
     return Typed((*x.axes[:-2], x.axes[-1]))
 
 
-def _attention_in_place(context: Context, query: Typed, key: Typed, value: Typed, *_: Any, **__: Any) -> Typed:
+def _attention_in_place(
+    context: Context, query: Typed, key: Typed, value: Typed, *_: Any, **__: Any
+) -> Typed:
     return context.einsum("... l d, ... s d, ... s e -> ... l e", query, key, value)
 
 
@@ -413,7 +415,9 @@ PLANTED: list[tuple[str, Any, Example]] = [
 
 
 @pytest.mark.parametrize(
-    ("name", "wrong", "example"), PLANTED, ids=[f"{name}{index}" for index, (name, _, _) in enumerate(PLANTED)]
+    ("name", "wrong", "example"),
+    PLANTED,
+    ids=[f"{name}{index}" for index, (name, _, _) in enumerate(PLANTED)],
 )
 def test_planted_bug_is_reported(
     monkeypatch: pytest.MonkeyPatch, name: str, wrong: Any, example: Example
