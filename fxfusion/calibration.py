@@ -36,13 +36,18 @@ class Batches:
     source: Iterable[Any]
 
     def __post_init__(self) -> None:
-        if iter(self.source) is self.source:  # an iterator can be gone through only once
+        try:
+            once = iter(self.source) is self.source
+        except TypeError:
+            raise CalibrationMismatchError(
+                f"calibration is a {type(self.source).__name__}: give an iterable of batches"
+            ) from None
+        if once:  # an iterator can be gone through only once
             self.source = list(self.source)
         first = next(iter(self.source), None)
         if first is None:
             raise CalibrationMismatchError("the calibration data are empty: give at least one batch")
-        self._names = _input_names(self.capture)
-        self._check(self._bind(first))
+        self._bind(first)
         self._count = len(self.source) if isinstance(self.source, Sized) else 0
 
     def __len__(self) -> int:
@@ -53,56 +58,45 @@ class Batches:
         return bound if self.capture.dynamic else self._rechunked(bound)
 
     def _bind(self, batch: Any) -> Inputs:
-        """Return a batch as the args and kwargs with which the model was captured."""
-        positional, keyword = self._names
-        if isinstance(batch, Mapping):
-            return self._bind_mapping(batch)
-        values = list(batch) if isinstance(batch, (tuple, list)) else [batch]
-        wanted = [name for name in keyword if _has_tensor(self.capture.kwargs[name])]
-        count = len(positional) + len(wanted)
-        if len(values) < count:
-            raise CalibrationMismatchError(
-                f"{self.capture.name} takes {count} input tensors ({', '.join([*positional, *wanted])}); a "
-                f"calibration batch has {len(values)}"
-            )
+        """Return a batch as the args and kwargs with which the model was captured.
+
+        Inputs that are no tensors (flags, None) default to the example's.
+        """
+        example = {**dict(zip(self.capture.inputs, self.capture.args, strict=True)), **self.capture.kwargs}
+        wanted = [name for name, value in example.items() if _has_tensor(value)]
+        given = _named(batch, wanted, self.capture.name)
+        for name in wanted:
+            self._check(name, given[name], example[name])
+        bound = {**example, **given}
         return (
-            tuple(values[: len(positional)]),
-            dict(zip(wanted, values[len(positional) : count], strict=True)),
+            tuple(bound[name] for name in self.capture.inputs),
+            {name: bound[name] for name in self.capture.kwargs},
         )
 
-    def _bind_mapping(self, batch: Mapping[str, Any]) -> Inputs:
-        positional, keyword = self._names
-        wanted = [name for name in keyword if _has_tensor(self.capture.kwargs[name])]
-        missing = [name for name in (*positional, *wanted) if name not in batch]
-        if missing:
-            raise CalibrationMismatchError(
-                f"{self.capture.name} was captured with the inputs {', '.join([*positional, *wanted])}; a "
-                f"calibration batch lacks {', '.join(missing)} (it has {', '.join(map(str, batch))})"
-            )
-        return tuple(batch[name] for name in positional), {name: batch[name] for name in wanted}
-
-    def _check(self, inputs: Inputs) -> None:
-        """Compare a batch with the example inputs."""
-        args, kwargs = inputs
-        example = (self.capture.args, {name: self.capture.kwargs[name] for name in kwargs})
-        pairs = zip(pytree.tree_leaves((args, kwargs)), pytree.tree_leaves(example), strict=False)
-        for given, expected in pairs:
+    def _check(self, name: str, given: Any, example: Any) -> None:
+        """Compare an input of a batch with the example's."""
+        place = f"input '{name}' of {self.capture.name} in a calibration batch"
+        left, right = pytree.tree_leaves(given), pytree.tree_leaves(example)
+        if len(left) != len(right):
+            raise CalibrationMismatchError(f"{place} has {len(left)} parts, in the example {len(right)}")
+        for actual, expected in zip(left, right, strict=True):
             if not isinstance(expected, torch.Tensor):
                 continue
-            if not isinstance(given, torch.Tensor):
+            if not isinstance(actual, torch.Tensor):
+                raise CalibrationMismatchError(f"{place} is a {type(actual).__name__}, not a tensor")
+            free = _free_axes(expected)
+            if actual.ndim != expected.ndim or actual.shape[free:] != expected.shape[free:]:
                 raise CalibrationMismatchError(
-                    f"a calibration batch holds {type(given).__name__}, not a tensor"
+                    f"{place} has shape {tuple(actual.shape)}; it was captured with {tuple(expected.shape)}"
                 )
-            fits = given.ndim == expected.ndim and given.is_floating_point() == expected.is_floating_point()
-            free = 1 if given.ndim != 2 or given.is_floating_point() else 2
-            free = 2 if given.ndim == 3 else free
-            if not fits or given.shape[free:] != expected.shape[free:]:
+            if actual.dtype != expected.dtype:
                 raise CalibrationMismatchError(
-                    f"a calibration batch has an input of shape {tuple(given.shape)} and {given.dtype}; "
-                    f"{self.capture.name} was captured with {tuple(expected.shape)} and {expected.dtype}"
+                    f"{place} is {actual.dtype}; it was captured with {expected.dtype}: convert the data"
                 )
-            if given.is_floating_point() and not bool(given.isfinite().all()):
-                raise CalibrationMismatchError("a calibration batch holds NaN or infinite values")
+            if not actual.numel():
+                raise CalibrationMismatchError(f"{place} is empty")
+            if actual.is_floating_point() and not bool(actual.isfinite().all()):
+                raise CalibrationMismatchError(f"{place} holds NaN or infinite values")
 
     def _rechunked(self, bound: Iterator[Inputs]) -> Iterator[Inputs]:
         """Cut batches to the size that the model fixes; what is left over at the end is dropped."""
@@ -131,8 +125,26 @@ def _has_tensor(value: Any) -> bool:
     return any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value))
 
 
-def _input_names(capture: Capture) -> tuple[list[str], list[str]]:
-    """Return the names of positional and keyword inputs."""
-    placeholders = [node.name for node in capture.module.graph.nodes if node.op == "placeholder"]
-    positional: Sequence[str] = placeholders[: len(capture.args)]
-    return list(positional), list(capture.kwargs)
+def _free_axes(example: torch.Tensor) -> int:
+    """Return how many leading axes may differ: batch, and the sequence of tokens or features."""
+    has_sequence = example.ndim == 3 or (example.ndim == 2 and not example.is_floating_point())
+    return 2 if has_sequence else 1
+
+
+def _named(batch: Any, wanted: Sequence[str], model: str) -> dict[str, Any]:
+    """Return the inputs of a batch by name; what is no input, such as labels, is left out."""
+    if isinstance(batch, Mapping):
+        missing = [name for name in wanted if name not in batch]
+        if missing:
+            raise CalibrationMismatchError(
+                f"{model} was captured with the inputs {', '.join(wanted)}; a calibration batch lacks "
+                f"{', '.join(missing)} (it has {', '.join(map(str, batch)) or 'nothing'})"
+            )
+        return {name: batch[name] for name in wanted}
+    values = list(batch) if isinstance(batch, (tuple, list)) else [batch]
+    if len(values) < len(wanted):
+        raise CalibrationMismatchError(
+            f"{model} takes {len(wanted)} input tensors ({', '.join(wanted)}); a calibration batch has "
+            f"{len(values)}"
+        )
+    return dict(zip(wanted, values, strict=False))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -19,9 +20,10 @@ from torch import fx
 from torch.export import Dim, ExportedProgram
 from torch.export.dynamic_shapes import ShapesCollection
 
-from fxfusion.errors import CaptureError, OutputSelectionError
+from fxfusion.errors import CaptureError, InputError, OutputSelectionError
 
 Model = torch.nn.Module | ExportedProgram
+Example = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclasses.dataclass(eq=False)
@@ -44,6 +46,8 @@ class Capture:
         Names of the tensors that are neither.
     unused : tuple of str
         Parameters that the graph never reads.
+    inputs : tuple of str
+        Names of the positional inputs; keyword inputs have theirs in ``kwargs``.
     outputs : tuple of str
         Name of every flat output.
     dynamic : bool
@@ -58,6 +62,7 @@ class Capture:
     aliases: dict[str, str]
     constants: frozenset[str]
     unused: tuple[str, ...]
+    inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     dynamic: bool
 
@@ -116,16 +121,25 @@ def capture(model: Model, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | 
     >>> captured.parameters
     {'weight': (2, 3), 'bias': (2,)}
     """
+    if isinstance(args, torch.Tensor):
+        raise InputError("args is a tensor: give a tuple of positional inputs, (tensor,)")
     if isinstance(model, ExportedProgram):
         return _from_program(model, model, "ExportedProgram", *_example_of(model, args, kwargs))
-    example = _double_single_sample(tuple(args), dict(kwargs or {}))
+    given = tuple(args), dict(kwargs or {})
+    example = _double_single_sample(given)
     name = type(model).__name__
     # Export leaves traces in the module's train/eval flags only when it fails: restore them ourselves.
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
     try:
-        program = _export(model, *example)
+        try:
+            program = _export(model, *example)
+        except CaptureError:
+            if example is given:
+                raise
+            example = given  # a model that takes batches of one only
+            program = _export(model, *example)
     finally:
         for module in training:
             module.training = True
@@ -152,7 +166,8 @@ def _explain(name: str, error: Exception) -> str:
     trace = error.__traceback__
     while trace is not None:
         filename = trace.tb_frame.f_code.co_filename
-        if "/torch/" not in filename and not filename.startswith("<") and "fxfusion" not in filename:
+        library = "/torch/" in filename or ("/lib/python" in filename and "-packages" not in filename)
+        if not library and not filename.startswith("<") and "fxfusion" not in filename:
             where = f" at {filename}:{trace.tb_lineno}"
         trace = trace.tb_next
     return (
@@ -202,14 +217,12 @@ def _as_parameter(tensor: torch.Tensor, replaced: dict[int, torch.Tensor], key: 
     return tensor
 
 
-def _double_single_sample(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _double_single_sample(given: Example) -> Example:
     """Repeat a batch of one: torch.export takes a size of one for a constant."""
-    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    tensors = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, torch.Tensor)]
     if tensors and all(tensor.ndim and tensor.shape[0] == 1 for tensor in tensors):
-        return pytree.tree_map_only(torch.Tensor, lambda tensor: torch.cat([tensor, tensor]), (args, kwargs))
-    return args, kwargs
+        return pytree.tree_map_only(torch.Tensor, lambda tensor: torch.cat([tensor, tensor]), given)
+    return given
 
 
 def _dynamic_shapes(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
@@ -255,6 +268,8 @@ def _from_program(
         except Exception as error:
             raise CaptureError(_explain(name, error)) from error
     assert isinstance(module, fx.GraphModule)
+    _check_evaluation(module, name)
+    _drop_mutations(module)
     state = module.state_dict(keep_vars=True)
     read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr" and node.users}
     aliases = _aliases(model, state, read)
@@ -271,14 +286,50 @@ def _from_program(
         aliases=aliases,
         constants=frozenset(constants),
         unused=tuple(key for key in parameters if key not in read),
+        inputs=_positional_names(model, module, args),
         outputs=_output_names(module),
         dynamic=any(
             isinstance(node.meta.get("val"), torch.Tensor)
             and node.meta["val"].ndim
             and isinstance(node.meta["val"].shape[0], torch.SymInt)
+            and not node.meta["val"].shape[0].node.expr.is_number
             for node in placeholders
         ),
     )
+
+
+def _check_evaluation(module: fx.GraphModule, name: str) -> None:
+    """Refuse a program exported in training mode: its statistics depend on the batch."""
+    for node in module.graph.nodes:
+        target = str(node.target)
+        if "batch_norm" not in target or "no_training" in target:
+            continue
+        place = 5 if target.startswith("aten.batch_norm") or "legit" in target else None
+        if place is None or (len(node.args) > place and node.args[place]) or "functional" in target:
+            raise CaptureError(
+                f"{name} was exported in training mode: node {node.name} ({target}) normalises by the batch. "
+                "Call .eval() before torch.export.export"
+            )
+
+
+def _drop_mutations(module: fx.GraphModule) -> None:
+    """Take out writes into buffers: a fused network must not count calls in its parents' tensors."""
+    for node in list(module.graph.nodes):
+        destination = node.args[0] if node.args else None
+        if node.target is torch.ops.aten.copy_.default and isinstance(destination, fx.Node):
+            node.replace_all_uses_with(node.args[1])
+            module.graph.erase_node(node)
+    module.recompile()
+
+
+def _positional_names(model: Model, module: fx.GraphModule, args: tuple[Any, ...]) -> tuple[str, ...]:
+    """Return the names of positional inputs: of forward's parameters, else of the graph's placeholders."""
+    if isinstance(model, torch.nn.Module) and not isinstance(model, fx.GraphModule):
+        parameters = list(inspect.signature(model.forward).parameters.values())[: len(args)]
+        if len(parameters) == len(args) and not any(item.kind is item.VAR_POSITIONAL for item in parameters):
+            return tuple(item.name for item in parameters)
+    placeholders = [node.name for node in module.graph.nodes if node.op == "placeholder"]
+    return tuple(placeholders[: len(args)])
 
 
 def _is_typed(tensor: torch.Tensor) -> bool:

@@ -74,7 +74,7 @@ def certify_plan(
     tolerance = TOLERANCE if double else SINGLE_TOLERANCE
     program = Program(capture, double)
     worst = 0.0
-    example = _first_samples(capture, samples)
+    example = first_samples(capture, samples)
     for args, kwargs in (example, randomise(example, generator)):
         original, changed = program.run([state, twin], args, kwargs)
         worst = max(worst, *(_difference(original[index], changed[index]) for index in outputs))
@@ -83,7 +83,8 @@ def certify_plan(
     return Certificate(worst <= tolerance, worst, differing / total if total else 0.0, tolerance)
 
 
-def _first_samples(capture: Capture, samples: int | None) -> Any:
+def first_samples(capture: Capture, samples: int | None) -> Any:
+    """Return the example's args and kwargs cut to a few samples, where they share a batch that may vary."""
     example = (capture.args, capture.kwargs)
     sizes = {
         leaf.shape[0] if leaf.ndim else 0

@@ -292,7 +292,7 @@ def _outputs_option(text: str | None) -> dict[str, Any]:
     return {} if text is None else {"outputs": [name.strip() for name in text.split(",")]}
 
 
-def _chosen(**options: enum.StrEnum | None) -> dict[str, str]:
+def _chosen(**options: enum.StrEnum | None) -> dict[str, Any]:
     """The options that were given: what is left out takes the library's own default."""
     return {name: option.value for name, option in options.items() if option is not None}
 

@@ -60,7 +60,7 @@ class Block(nn.Module):
 
 
 class DigitsViT(nn.Module):
-    """A vision transformer for images of 8 x 8 pixels, in patches of 4 x 4.
+    """A vision transformer for images of 8 x 8 pixels; every row of pixels is a patch.
 
     Parameters
     ----------
@@ -86,9 +86,9 @@ class DigitsViT(nn.Module):
 
     def __init__(self, width: int = 64, depth: int = 3, heads: int = 4, dropout: float = 0.1) -> None:
         super().__init__()
-        self.embedding = nn.Linear(16, width)
+        self.embedding = nn.Linear(8, width)
         self.class_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
-        self.positions = nn.Parameter(0.02 * torch.randn(1, 5, width))
+        self.positions = nn.Parameter(0.02 * torch.randn(1, 9, width))
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
@@ -96,9 +96,8 @@ class DigitsViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images of shape (batch, 1, 8, 8) to logits of shape (batch, 10)."""
-        batch = images.shape[0]
-        patches = images.view(batch, 2, 4, 2, 4).transpose(2, 3).reshape(batch, 4, 16)
-        tokens = torch.cat([self.class_token.expand(batch, -1, -1), self.embedding(patches)], dim=1)
+        rows = self.embedding(images.squeeze(1))
+        tokens = torch.cat([self.class_token.expand(images.shape[0], -1, -1), rows], dim=1)
         tokens = self.dropout(tokens + self.positions)
         for block in self.blocks:
             tokens = block(tokens)

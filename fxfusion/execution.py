@@ -123,7 +123,10 @@ class Program:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda item: _look_up(item, env, shared))
         if self.double:
             args, kwargs = _widen(args), _widen(kwargs)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        value = node.target(*args, **kwargs)  # type: ignore[operator]
+        if self.double:  # what is created without a dtype is float32 by default
+            value = pytree.tree_map(self._cast, value)
+        return value
 
     def _cast(self, value: Any) -> Any:
         if self.double and isinstance(value, torch.Tensor) and value.dtype in _LOW_PRECISION:

@@ -13,7 +13,7 @@ from torch import fx
 
 from fxfusion.axes import Axis, Constant, Reason, is_free
 from fxfusion.capture import Capture
-from fxfusion.errors import RuleError
+from fxfusion.errors import NotationError, RuleError
 from fxfusion.rules import Context, Typed, find_rule
 
 MAXIMAL_SWEEPS = 10
@@ -69,6 +69,11 @@ class _Inference:
         self.uniform: dict[str, list[bool]] = {}  # of each constant: along which axes it does not vary
         self.ruleless: dict[str, Reason] = {}
         self.env: dict[fx.Node, Any] = {}
+        self.masks = {
+            node
+            for node in capture.module.graph.nodes
+            if isinstance(node.meta.get("val"), torch.Tensor) and node.meta["val"].dtype is torch.bool
+        }
         self.steps = [(node, *_facts(node)) for node in capture.module.graph.nodes]
 
     def run(self) -> Inferred:
@@ -98,7 +103,10 @@ class _Inference:
             self.context.unifier.seal(axes)
         for node, operator, source, shapes in self.steps:
             self.context.enter(node.name, operator, source, shapes)
-            self.env[node] = self._visit(node)
+            value = self._visit(node)
+            if isinstance(value, Typed) and node in self.masks:
+                value = dataclasses.replace(value, boolean=True)
+            self.env[node] = value
 
     def _visit(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
@@ -167,9 +175,12 @@ class _Inference:
                 return self._constant(node, folded)
         operator = find_rule(node.target)
         if operator is None:
-            return self._without_rule(node, tensors)
+            return self._without_rule(node, tensors, "it has no rule")
         args, kwargs = fx.map_arg((tuple(node.args), dict(node.kwargs)), lambda item: self.env[item])
-        result = operator(self.context, *args, **kwargs)
+        try:
+            result = operator(self.context, *args, **kwargs)
+        except (NotationError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+            return self._without_rule(node, tensors, f"its rule does not cover this call ({error})")
         return self._checked(result, self._origins(tensors))
 
     def _origins(self, tensors: Sequence[Typed]) -> frozenset[str]:
@@ -190,11 +201,11 @@ class _Inference:
         checked = [Typed(typed.axes, origins=origins) for typed in results]
         return checked[0] if isinstance(result, Typed) else checked
 
-    def _without_rule(self, node: fx.Node, tensors: Sequence[Typed]) -> Any:
+    def _without_rule(self, node: fx.Node, tensors: Sequence[Typed], why: str) -> Any:
         """Freeze what an operator without a rule touches; it matters only if something there is free."""
         free = [axis for tensor in tensors for axis in tensor.axes if is_free(axis)]
         if free:
-            message = f"there is no rule for {self.context.operator}"
+            message = f"{self.context.operator} freezes its operands: {why}"
             self.ruleless[node.name] = self.context.reason("no rule", message)
             for axis in free:
                 self.context.unifier.fix(axis, "no rule", message)

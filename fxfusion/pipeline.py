@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.passes.infra.pass_manager import PassManager
 
 from fxfusion.calibration import Batches
 from fxfusion.capture import Model, capture
 from fxfusion.certify import Certificate, certify_plan
-from fxfusion.errors import CalibrationRequiredError, CertificationError, InvalidWeightError
+from fxfusion.errors import CalibrationRequiredError, CertificationError, InvalidWeightError, OptionError
 from fxfusion.passes.align import Align
 from fxfusion.passes.apply_transports import ApplyTransports
+from fxfusion.passes.base import FusionPass
 from fxfusion.passes.merge import Merge
 from fxfusion.passes.normalize import Normalize
 from fxfusion.passes.propagate import Propagate
@@ -29,7 +29,14 @@ from fxfusion.report import FusionReport, SpaceRow
 from fxfusion.state import KEY, FusionState, attach, state_of
 from fxfusion.symmetry import act, complete, random_maps
 from fxfusion.transport.hierarchy import Coupling
-from fxfusion.validation import check_choice, check_parents, check_shares, model_name, state_dict_of
+from fxfusion.validation import (
+    check_choice,
+    check_function,
+    check_parents,
+    check_shares,
+    model_name,
+    state_dict_of,
+)
 
 FEATURES = ("activations", "weights")
 COUPLINGS = ("hard", "soft")
@@ -293,6 +300,9 @@ def fuse(
         raise CalibrationRequiredError(
             'features="activations" needs calibration data: give calibration=batches, or features="weights"'
         )
+    if regularisation is not None and not 0 < regularisation < float("inf"):
+        raise OptionError(f"regularisation={regularisation!r}: give a positive number")
+    models = models if isinstance(models, torch.nn.Module) else list(models)
     states = check_parents(models, target)
     shares = check_shares(weights, len(models))
     target = range(len(models))[target]
@@ -302,12 +312,15 @@ def fuse(
         module = prepare(models[target], args, kwargs)
     state = state_of(module)
     batches = None if calibration is None else Batches(state.capture, calibration)
+    with clock.measure("compare"):
+        check_function(state.capture, models, states, target)
+        states = [_as_target(parent, states[target]) for parent in states]
     with clock.measure("propagate"):
-        module = PassManager([Normalize(), Propagate(outputs)])(module).graph_module
+        module = _run([Normalize(), Propagate(outputs)], module)
     with clock.measure("certify"):
         certificates = _certify_all(state, models, states, seed, show)
     softness = SOFT_REGULARISATION if regularisation is None else regularisation
-    passes = [
+    passes: list[FusionPass] = [
         Align(
             parents=states,
             target=target,
@@ -321,7 +334,7 @@ def fuse(
     ]
     for item in passes:
         with clock.measure(type(item).__name__):
-            module = item(module).graph_module
+            module = _run([item], module)
     options = {"features": features, "coupling": coupling, "target": str(target), "seed": str(seed)}
     if coupling == "soft":
         options["regularisation"] = repr(softness)
@@ -330,6 +343,11 @@ def fuse(
     fused = complete(state.capture, state.merged, states[target])
     module.meta.pop(KEY)  # the parents' weights need not outlive the fusion
     return FusionResult(module, report, state.plan, fused)
+
+
+def _as_target(state: dict[str, torch.Tensor], target: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a parent's weights in the target's precision."""
+    return {name: tensor.to(target[name].dtype) for name, tensor in state.items()}
 
 
 class _Clock:
@@ -346,8 +364,15 @@ class _Clock:
 def _planned(
     model: Model, args: Sequence[Any], kwargs: Mapping[str, Any] | None, outputs: Sequence[str] | None
 ) -> FusionState:
-    module = prepare(model, args, kwargs)
-    return state_of(PassManager([Normalize(), Propagate(outputs)])(module).graph_module, "plan", "Propagate")
+    module = _run([Normalize(), Propagate(outputs)], prepare(model, args, kwargs))
+    return state_of(module, "plan", "Propagate")
+
+
+def _run(passes: Sequence[FusionPass], module: fx.GraphModule) -> fx.GraphModule:
+    """Run passes in order. torch's ``PassManager`` would hide the class of their errors."""
+    for item in passes:
+        module = item(module).graph_module
+    return module
 
 
 def _real_state(model: Model) -> dict[str, torch.Tensor]:

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from fxfusion.capture import Capture
+from fxfusion.errors import CalibrationMismatchError
 from fxfusion.execution import Program, State
 from fxfusion.layout import ActivationBlock
 from fxfusion.plan import Plan
@@ -111,6 +112,8 @@ class Observation:
     dimension: int
     scope: tuple[int, ...]
 
+
+LEAST_SAMPLES = 2  # below, units have no correlation
 
 # Operators after which units are observed. Views and element-wise scalings in between carry nothing new.
 WRITERS = frozenset(
@@ -244,6 +247,11 @@ def collect(
     for done, (args, kwargs) in enumerate(batches, start=1):
         program.run(states, args, kwargs, observe=observe)
         progress("calibrate", done, total)
+    for name, streamed in next((item for item in moments if item), {}).items():
+        if any(item.count < LEAST_SAMPLES for item in streamed):
+            raise CalibrationMismatchError(
+                f"the calibration data show space {name} fewer than {LEAST_SAMPLES} samples: give more"
+            )
     return moments
 
 

@@ -237,6 +237,7 @@ class _Trial:
             aliases={},
             constants=frozenset(arguments.constant),
             unused=(),
+            inputs=(),
             outputs=tuple(node.name for node in self.outputs),
             dynamic=False,
         )
@@ -346,7 +347,7 @@ class _Trial:
         return sorted(texts)
 
     def _allows(self, units: frozenset[_Unit], trials: _Trials, generator: torch.Generator) -> bool:
-        """Return whether permuting some units together permutes every output along one axis, or not at all."""
+        """Return whether permuting units together permutes every output along one axis or not at all."""
         if len({(unit.key, unit.axis) for unit in units}) < len(units):
             return False
         size = next(iter(units)).size
@@ -527,7 +528,7 @@ def _evaluate(node: fx.Node, look_up: Callable[[fx.Node], Any]) -> Any:
     kwargs = fx.map_arg(node.kwargs, look_up)
     assert callable(node.target)
     with torch.no_grad():
-        return node.target(*args, **kwargs)  # type: ignore[misc]
+        return node.target(*args, **kwargs)
 
 
 def _scale(tensor: torch.Tensor) -> float:
@@ -552,8 +553,8 @@ def _same_but_for_order(left: torch.Tensor, right: torch.Tensor) -> bool:
     for axis, size in enumerate(left.shape):
         slices = [tensor.movedim(axis, 0).reshape(size, -1) for tensor in (left, right)]
         weights = torch.sin(torch.arange(1.0, slices[0].shape[1] + 1, dtype=torch.float64))
-        ordered = [item[(item @ weights).argsort(stable=True)] for item in slices]
-        if _same(*ordered):
+        first, second = (item[(item @ weights).argsort(stable=True)] for item in slices)
+        if _same(first, second):
             return True
     return False
 

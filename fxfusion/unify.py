@@ -422,6 +422,8 @@ class Unifier:
                 taken, rest = self._split_factors(pending, size)
                 pending = factors_of(rest)
                 regrouped.append(taken)
+            if pending:
+                raise _ClashError
         except (_ClashError, IndexError):
             for axis in axes:
                 self.fix(axis, "clash", f"a view as {list(sizes)} does not respect the axis' structure")

@@ -5,18 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.utils._pytree as pytree
 from torch import fx
 from torch.export import ExportedProgram
 
-from fxfusion.capture import Model, tied_groups
+from fxfusion.capture import Capture, Model, tied_groups
+from fxfusion.certify import first_samples
 from fxfusion.errors import (
     ArchitectureMismatchError,
+    CaptureError,
     InvalidWeightError,
     OptionError,
     TieMismatchError,
     TooFewModelsError,
     WidthMismatchError,
 )
+from fxfusion.execution import Program
+
+SAMPLES = 2  # of the example, on which parents are compared with the captured graph
+FUNCTION_TOLERANCE = 1e-3  # relative to the largest output element, in the parents' own precision
 
 _SHOWN = 5  # names listed in a message
 _INERT = ("Dropout", "DropPath", "Identity")  # modules that do nothing in evaluation
@@ -53,6 +60,8 @@ def check_parents(models: Sequence[Model], target: int) -> list[dict[str, torch.
     TooFewModelsError, OptionError, ArchitectureMismatchError, WidthMismatchError, TieMismatchError, \
 InvalidWeightError
     """
+    if isinstance(models, torch.nn.Module):
+        raise OptionError(f"models is one {type(models).__name__}: give a list of two or more models")
     if len(models) < 2:
         raise TooFewModelsError(f"fusion needs at least two models, {len(models)} given")
     for index, model in enumerate(models):
@@ -60,12 +69,13 @@ InvalidWeightError
             raise OptionError(
                 f"model {index} is a {type(model).__name__}: give nn.Modules or ExportedPrograms"
             )
-    if not -len(models) <= target < len(models):
-        raise OptionError(f"target={target}, but there are {len(models)} models")
+    if not isinstance(target, int) or not -len(models) <= target < len(models):
+        raise OptionError(f"target={target!r}: give the position of one of the {len(models)} models")
     target = range(len(models))[target]
     states = [state_dict_of(model) for model in models]
     for index, model in enumerate(models):
         if index != target:
+            _check_class(models[target], model, target, index)
             _check_pair(
                 model_name(models[target], target), model_name(model, index), states[target], states[index]
             )
@@ -102,14 +112,22 @@ def _check_pair(
     raise ArchitectureMismatchError(f"{name} and {reference_name} are not of one architecture: {listed}")
 
 
+def _check_class(reference: Model, model: Model, target: int, index: int) -> None:
+    generic = (fx.GraphModule, ExportedProgram)
+    if isinstance(reference, generic) or isinstance(model, generic) or type(reference) is type(model):
+        return
+    raise ArchitectureMismatchError(
+        f"{model_name(model, index)} and {model_name(reference, target)} are of different classes: fuse "
+        "models of one class"
+    )
+
+
 def _check_structure(reference: Model, model: Model, target: int, index: int) -> None:
     """Compare classes, module trees and configurations: equal names do not make an equal function."""
     generic = (fx.GraphModule, ExportedProgram)
     if isinstance(reference, generic) or isinstance(model, generic):
         return
     names = f"{model_name(model, index)} and {model_name(reference, target)}"
-    if type(reference) is not type(model):
-        raise ArchitectureMismatchError(f"{names} are of different classes: fuse models of one class")
     for (path, left), (_, right) in zip(reference.named_modules(), model.named_modules(), strict=False):
         if type(left) is not type(right) and not {type(left).__name__, type(right).__name__} & set(_INERT):
             raise ArchitectureMismatchError(
@@ -166,7 +184,10 @@ def check_shares(weights: Sequence[float] | None, count: int) -> tuple[float, ..
     """
     if weights is None:
         return (1.0 / count,) * count
-    shares = [float(weight) for weight in weights]
+    try:
+        shares = [float(weight) for weight in weights]
+    except (TypeError, ValueError):
+        raise OptionError(f"weights={weights!r}: give one number per model") from None
     if len(shares) != count:
         raise OptionError(f"{len(shares)} weights for {count} models: give one per model")
     total = sum(shares)
@@ -189,3 +210,75 @@ def check_choice(option: str, value: str, choices: Sequence[str]) -> None:
 def _some(names: Sequence[str]) -> str:
     shown = ", ".join(names[:_SHOWN])
     return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
+
+
+def check_function(
+    capture: Capture, models: Sequence[Model], states: Sequence[Mapping[str, torch.Tensor]], target: int
+) -> None:
+    """Check that every parent computes what the captured graph computes with its weights.
+
+    Equal names and shapes do not make an equal function: another activation, number of heads or constant
+    shows only when the parent runs.
+
+    Parameters
+    ----------
+    capture : Capture
+        Of the target.
+    models, states : sequence
+        The parents and their state dicts.
+    target : int
+
+    Raises
+    ------
+    ArchitectureMismatchError
+        If a parent computes something else.
+    CaptureError
+        If the target itself does: the graph does not represent it.
+    """
+    program = Program(capture)
+    args, kwargs = first_samples(capture, SAMPLES)
+    for index, (model, state) in enumerate(zip(models, states, strict=True)):
+        expected = _outputs(model, args, kwargs)
+        actual = program.run([capture.canonical(state)], args, kwargs)[0]
+        if len(expected) == len(actual) and all(map(_close, expected, actual)):
+            continue
+        name = model_name(model, index)
+        if index == target:
+            raise CaptureError(
+                f"the graph captured from {name} computes something else than the model itself: was it run "
+                "in another mode before, or does it depend on random numbers or hidden state?"
+            )
+        raise ArchitectureMismatchError(
+            f"{name} computes another function of its weights than {model_name(models[target], target)}: "
+            "fuse models with the same configuration (activation, heads, constants)"
+        )
+
+
+def _outputs(model: Model, args: Sequence[object], kwargs: Mapping[str, object]) -> list[object]:
+    """Run a parent in evaluation, and leave no trace: flags and counting buffers are put back."""
+    module: torch.nn.Module = model.module() if isinstance(model, ExportedProgram) else model
+    training = (
+        [] if isinstance(model, ExportedProgram) else [item for item in module.modules() if item.training]
+    )
+    for item in training:
+        item.training = False
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    try:
+        with torch.no_grad():
+            return pytree.tree_leaves(module(*args, **kwargs))
+    finally:
+        for name, buffer in module.named_buffers():
+            if name in buffers and not torch.equal(buffer, buffers[name]):
+                buffer.copy_(buffers[name])
+        for item in training:
+            item.training = True
+
+
+def _close(left: object, right: object) -> bool:
+    if not isinstance(left, torch.Tensor) or not isinstance(right, torch.Tensor):
+        return True
+    if left.shape != right.shape:
+        return False
+    left, right = left.double(), right.double()
+    scale = left[left.isfinite()].abs().max() if bool(left.isfinite().any()) else torch.ones(())
+    return torch.allclose(left, right, rtol=0.0, atol=FUNCTION_TOLERANCE * float(scale), equal_nan=True)

@@ -18,7 +18,7 @@ from fxfusion.transport.hierarchy import Coupling
 from fxfusion.transport.joint import align
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Align(FusionPass):
     """Solve the transports.
 

@@ -12,7 +12,7 @@ from fxfusion.state import state_of
 from fxfusion.symmetry import act
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class ApplyTransports(FusionPass):
     """Express every parent in the target's basis. The parents' own tensors are not written."""
 

@@ -74,7 +74,7 @@ def _like(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     return new
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Merge(FusionPass):
     """Average the aligned parents.
 

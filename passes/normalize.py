@@ -36,7 +36,7 @@ def normalize(graph_module: GraphModule) -> bool:
     return modified
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Normalize(FusionPass):
     """Drop guards, metadata assertions and dead code."""
 

@@ -13,7 +13,7 @@ from fxfusion.planning import make_plan
 from fxfusion.state import state_of
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Propagate(FusionPass):
     """Infer the plan.
 

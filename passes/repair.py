@@ -26,7 +26,7 @@ from fxfusion.repair import corrected_statistics
 from fxfusion.state import state_of
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Repair(FusionPass):
     """Re-estimate batch-normalisation statistics.
 

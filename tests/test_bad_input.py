@@ -242,9 +242,7 @@ CALIBRATION: dict[str, Case] = {
     "of another rank": Case(
         CalibrationMismatchError, ("(6,)", "(8, 6)"), options={"calibration": torch.randn(8, 6)}
     ),
-    "of integers": Case(
-        CalibrationMismatchError, ("int64", "float32"), options={"calibration": [X.long()]}
-    ),
+    "of integers": Case(CalibrationMismatchError, ("int64", "float32"), options={"calibration": [X.long()]}),
     "of doubles": Case(
         CalibrationMismatchError, ("float64", "float32"), options={"calibration": [X.double()]}
     ),
@@ -258,9 +256,7 @@ CALIBRATION: dict[str, Case] = {
         options={"calibration": [{"pixels": X}]},
     ),
     "no batch": Case(CalibrationMismatchError, ("empty",), options={"calibration": []}),
-    "an empty generator": Case(
-        CalibrationMismatchError, ("empty",), options={"calibration": iter([])}
-    ),
+    "an empty generator": Case(CalibrationMismatchError, ("empty",), options={"calibration": iter([])}),
     "no sample": Case(CalibrationMismatchError, ("Plain",), options={"calibration": [X[:0]]}),
     "NaN": Case(CalibrationMismatchError, ("NaN",), options={"calibration": [X * torch.nan]}),
     "infinite": Case(CalibrationMismatchError, ("infinite",), options={"calibration": [X / 0.0]}),

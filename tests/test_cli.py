@@ -148,7 +148,7 @@ class TestPlan:
             "blocks.0.attn.qkv.weight[0].0.1", 16, Symmetry.PERMUTATION, (incidence,), (outer.name,)
         )
         limit = Limit("cumsum", "aten.cumsum.default", "no rule [yet]", "vit.py:7", ("pos_embed",))
-        found = Plan((outer, inner), (), 0.9731, (limit,), nx.MultiDiGraph(), {})
+        found = Plan((outer, inner), (), 0.9731, (limit,), nx.MultiDiGraph(), {}, {})
 
         def plan(model: Any, args: Any, kwargs: Any, **options: Any) -> Plan:
             recorded.append({"model": model, "args": args, "kwargs": kwargs, **options})

@@ -134,7 +134,6 @@ def test_experts_in_fixed_order_may_differ() -> None:
     check_model(model, args)
 
 
-@pytest.mark.xfail(strict=True, reason="flip and roll keep the fixed axis whose units they move")
 def test_a_dependence_does_not_survive_reversal() -> None:
     check_model(Flipped(), (torch.randn(2, 5),))
 

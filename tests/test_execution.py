@@ -141,6 +141,22 @@ def test_casts_do_not_limit_double_precision() -> None:
     assert single > 1e-9
 
 
+class Summing(nn.Module):
+    """Multiplies by a matrix that it makes itself, of the default dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.tril(torch.ones(5, 5)) @ torch.relu(self.first(x)))
+
+
+def test_tensors_made_inside_are_double_too() -> None:
+    double, _ = double_error(Summing(), (torch.randn(2, 5, 4),), {})
+    assert double < 1e-12
+
+
 def test_llama_in_double_precision_has_no_single_precision_floor() -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import fxfusion
 from fxfusion import FusionResult
 from fxfusion.capture import tied_groups
+from fxfusion.symmetry import act, complete, random_maps
 from tests import zoo
 
 FAST = ["hf_vit", "bert", "distilbert", "gpt2", "opt", "llama"]
@@ -22,10 +23,13 @@ PLAIN = ["perceptron", "packed_inner", "dense_block", "channel_shuffle", "groupe
 
 
 def twin_of(name: str, seed: int = 5) -> nn.Module:
-    """Return a scrambled instance of a model: another basis, the same function."""
-    args, kwargs = zoo.inputs(name)
+    """Return a scrambled instance of a model, as ``scramble`` does: another basis, the same function."""
+    state, weights = zoo.planned(name), zoo.build(name).state_dict()
+    assert state.plan is not None
+    maps = random_maps(state.plan, torch.Generator().manual_seed(seed))
+    moved = complete(state.capture, act(state.plan, maps, state.capture.canonical(weights)), weights)
     twin = zoo.build(name, seed=99)
-    twin.load_state_dict(fxfusion.scramble(zoo.build(name), args, kwargs, seed=seed), strict=True)
+    twin.load_state_dict(moved, strict=True)
     return twin
 
 

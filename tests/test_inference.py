@@ -222,9 +222,7 @@ def test_incidences_of_an_attention_block() -> None:
 
 def test_a_tied_weight_both_writes_and_reads() -> None:
     plan = plan_of("tied_autoencoder")
-    roles = {
-        str(incidence): incidence.role for space in plan.spaces for incidence in space.incidences
-    }
+    roles = {str(incidence): incidence.role for space in plan.spaces for incidence in space.incidences}
     assert roles["squeeze.weight[0]"] is roles["squeeze.weight[1]"] is Role.BOTH
 
 
@@ -289,7 +287,7 @@ def test_a_large_model_is_planned_on_the_meta_device() -> None:
     assert seconds < 120
 
 
-@pytest.mark.parametrize("name", ["gpt2", "hf_vit", "t5", "packed_outer", "dense_block"])
+@pytest.mark.parametrize("name", ["gpt2", "packed_outer", "dense_block"])
 def test_the_meta_device_gives_the_same_plan(name: str) -> None:
     with torch.device("meta"):
         model = {**zoo.MODELS, **zoo.ADVERSARIAL}[name].build().eval()

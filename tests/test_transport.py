@@ -232,6 +232,49 @@ def test_units_of_a_fixed_outer_space_are_solved_one_by_one() -> None:
     assert torch.equal(units.index, assign(costs["units"][:, 0, 0])[0])
 
 
+def test_a_fixed_space_above_the_inner_one_only_is_summed_out() -> None:
+    plan = nested(
+        {"experts": (2, ()), "heads": (2, ()), "units": (3, ("experts", "heads"))}, fixed=("experts",)
+    )
+    (tree,) = trees(plan)
+    costs = random_costs(plan, tree, 29)
+    inner = list(itertools.permutations(range(3)))
+
+    def best_of(expert: int, t: int, s: int) -> float:
+        return min(sum(float(costs["units"][expert, t, s, i, j]) for i, j in enumerate(p)) for p in inner)
+
+    best = min(
+        sum(
+            float(costs["heads"][0, 0, 0, t, s]) + sum(best_of(expert, t, s) for expert in range(2))
+            for t, s in enumerate(outer)
+        )
+        for outer in itertools.permutations(range(2))
+    )
+    solved = solve_tree(plan, tree, costs, Coupling())
+    assert costs_of(plan, tree, costs, solved)["heads"] == pytest.approx(best)
+    heads, units = (to_maps(plan, tree, solved)[name] for name in ("heads", "units"))
+    assert isinstance(heads, HardMap)
+    assert isinstance(units, HardMap)
+    assert units.index.shape == (2, 2, 3)
+    found = sum(
+        float(costs["heads"][0, 0, 0, t, s])
+        + sum(
+            float(costs["units"][e, t, s, i, j])
+            for e in range(2)
+            for i, j in enumerate(units.index[e, t].tolist())
+        )
+        for t, s in enumerate(heads.index.tolist())
+    )
+    assert found == pytest.approx(best)
+    soft_units = to_maps(plan, tree, solve_tree(plan, tree, costs, Coupling(0.005)))["units"]
+    assert isinstance(soft_units, SoftMap)
+    assert soft_units.write.shape == (2, 2, 2, 2, 3, 3)
+    assert (soft_units.write[0, 1] == 0).all()
+    for e in range(2):
+        for t, s in enumerate(heads.index.tolist()):
+            assert torch.equal(soft_units.write[e, e, t, s].argmax(-1), units.index[e, t])
+
+
 def test_cost_of_the_identity_is_the_diagonal() -> None:
     plan = nested({"heads": (3, ()), "units": (4, ("heads",))})
     (tree,) = trees(plan)
@@ -324,6 +367,18 @@ def test_soft_transport_of_one_hot_couplings_is_the_hard_one(name: str, reading:
     side = frozenset(range(len(axes))) if reading else frozenset[int]()
     assert torch.allclose(transport_tensor(tensor, layout, soft(maps), side), hard, atol=1e-12)
     assert not torch.equal(hard, tensor)
+
+
+def test_soft_transport_below_a_fixed_space_is_the_hard_one() -> None:
+    experts, units = Leaf(3), Leaf(4)
+    layout = layout_of(experts, WIDTH, units, names={experts: "experts", units: "units", WIDTH: "width"})
+    hard = HardMap(("experts",), permutation(3, 4, seed=6))
+    coupling = torch.diag_embed(torch.nn.functional.one_hot(hard.index, 4).double().movedim(0, -1))
+    tensor = random(3, 5, 4)
+    found = transport_tensor(
+        tensor, layout, {"units": SoftMap.from_coupling(coupling.movedim((-2, -1), (0, 1)), ("experts",))}
+    )
+    assert torch.allclose(found, transport_tensor(tensor, layout, {"units": hard}), atol=1e-12)
 
 
 def test_hard_transport_is_indexing() -> None:

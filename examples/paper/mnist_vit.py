@@ -69,11 +69,12 @@ def train(data: Images, seed: int, epochs: float) -> ViTForImageClassification:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: min((step + 1) / WARM_UP, 0.5 * (1 + math.cos(math.pi * max(step - WARM_UP, 0) / steps))),
+        lambda step: min((step + 1) / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * max(step - WARM_UP, 0) / steps)),
     )
     order = torch.Generator().manual_seed(1000 + seed)
     batches = itertools.chain.from_iterable(
-        torch.randperm(len(images), generator=order)[: per_epoch * BATCH].split(BATCH) for _ in itertools.count()
+        torch.randperm(len(images), generator=order)[: per_epoch * BATCH].split(BATCH)
+        for _ in itertools.count()
     )
     for batch in track(itertools.islice(batches, steps), f"training seed {seed}", total=steps):
         loss = functional.cross_entropy(model(images[batch]).logits, labels[batch])

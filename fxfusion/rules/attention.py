@@ -26,6 +26,7 @@ def scaled_dot_product_attention(
     scores = context.broadcast(context.einsum("... l d, ... s d -> ... l s", query, key), mask)
     if is_causal:
         context.fix(scores.axes[-2], scores.axes[-1], message="a causal mask orders it")
+        scores = Typed((*scores.axes[:-2], *context.fixed_like(scores.shape[-2:])))
     context.mix(scores.axes[:-1], scores.axes[-1:])
     return context.einsum("... l s, ... s e -> ... l e", scores, value)
 

@@ -26,12 +26,15 @@ class Typed:
         Names of the parameters from which alone it is computed; empty if an input takes part.
     value : torch.Tensor or None
         Its numbers, if it depends on neither parameters nor inputs and is small.
+    boolean : bool
+        Whether it is a mask: indexing by it selects, where integers gather.
     """
 
     axes: tuple[Axis, ...]
     parameter: str = ""
     origins: frozenset[str] = frozenset()
     value: torch.Tensor | None = None
+    boolean: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:

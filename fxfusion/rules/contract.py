@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fxfusion.rules.context import Context, Typed
@@ -46,10 +47,32 @@ def mv(context: Context, matrix: Typed, vector: Typed) -> Typed:
     return context.einsum("i k, k -> i", matrix, vector)
 
 
-@rule("dot", "vdot", "inner")
+@rule("dot", "vdot")
 def dot(context: Context, left: Typed, right: Typed) -> Typed:
     """Inner product of vectors."""
     return context.einsum("k, k ->", left, right)
+
+
+@rule("inner")
+def inner(context: Context, left: Typed, right: Typed) -> Typed:
+    """Contract the last axes; a scalar scales."""
+    if not left.rank or not right.rank:
+        return context.broadcast(left, right)
+    rows = " ".join(f"i{axis}" for axis in range(left.rank - 1))
+    columns = " ".join(f"j{axis}" for axis in range(right.rank - 1))
+    return context.einsum(f"{rows} k, {columns} k -> {rows} {columns}", left, right)
+
+
+@rule("einsum")
+def einsum(context: Context, equation: str, operands: Sequence[Typed], **_: Any) -> Typed:
+    """``torch.einsum``; a diagonal (a label twice in one operand) is not supported."""
+    inputs, arrow, result = equation.replace(" ", "").partition("->")
+    if not arrow:  # implicit: labels that occur once, in alphabetical order
+        letters = inputs.replace(",", "").replace(".", "")
+        result = "..." * ("..." in inputs) + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+    terms = [*inputs.split(","), result]
+    spaced = [" ".join(term.replace("...", "*")).replace("*", "...") for term in terms]
+    return context.einsum(f"{', '.join(spaced[:-1])} -> {spaced[-1]}", *operands)
 
 
 @rule("outer")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fxfusion.axes import Axis
-from fxfusion.rules.context import Context, Typed
+from fxfusion.rules.context import Context, Typed, Use
 from fxfusion.rules.registry import rule
 
 _SPATIAL = "the operator looks at neighbouring positions"
@@ -14,7 +14,7 @@ _SPATIAL = "the operator looks at neighbouring positions"
 
 def _spatial(context: Context, x: Typed, first: int, pointwise: bool = False) -> list[Axis]:
     """Return the output's spatial axes: the input's own under a pointwise kernel, else new fixed ones."""
-    if pointwise and x.shape[first:] == context.shapes[0][first:]:
+    if pointwise:
         return list(x.axes[first:])
     context.fix(*x.axes[first:], message=_SPATIAL)
     return context.fixed_like(context.shapes[0][first:])
@@ -34,7 +34,7 @@ def _channels(
         group, inner = context.regroup([inputs], [groups, inputs.size // groups])
         inputs, inner = inner, outputs
     split = context.regroup([x], [groups, x.size // groups])
-    context.unify(split[0], group)
+    group = context.unify(split[0], group)
     context.unify(split[1], inputs)
     context.mix([group, inner], [inputs])
     context.kept(weight, [writes])
@@ -48,8 +48,6 @@ def _matrix(weight: Typed, writes: int, reads: int) -> Typed:
 
 
 def _contracted(context: Context, weight: Typed, axis: int) -> None:
-    from fxfusion.rules.context import Use
-
     context.records.uses.append(Use(weight, axis, contracted=True))
 
 
@@ -67,8 +65,8 @@ def conv(
 ) -> Typed:
     """``x [b, g*i, ...]``, ``weight [g*o, i, taps...]`` -> ``[b, g*o, ...]``; one group or many."""
     if more:  # aten.convolution(x, weight, bias, stride, padding, dilation, transposed, padding, groups)
-        return _convolution(context, x, weight, bias, bool(groups), more[-1])
-    return _convolution(context, x, weight, bias, False, groups)
+        return _convolution(context, x, weight, bias, stride, padding, bool(groups), more[-1])
+    return _convolution(context, x, weight, bias, stride, padding, False, groups)
 
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
@@ -84,15 +82,27 @@ def conv_transpose(
     dilation: Any = 1,
 ) -> Typed:
     """``x [b, g*i, ...]``, ``weight [g*i, o, taps...]`` -> ``[b, g*o, ...]``."""
-    return _convolution(context, x, weight, bias, True, groups)
+    return _convolution(context, x, weight, bias, stride, padding, True, groups)
 
 
 def _convolution(
-    context: Context, x: Typed, weight: Typed, bias: Typed | None, transposed: bool, groups: int
+    context: Context,
+    x: Typed,
+    weight: Typed,
+    bias: Typed | None,
+    stride: Any,
+    padding: Any,
+    transposed: bool,
+    groups: int,
 ) -> Typed:
     spatial = weight.rank - 2
     channel = x.rank - spatial - 1  # an input without a batch axis is allowed
-    pointwise = all(size == 1 for size in weight.shape[2:])
+    pointwise = (
+        all(size == 1 for size in weight.shape[2:])
+        and _everywhere(stride, 1)
+        and (_everywhere(padding, 0) or padding in ("same", "valid"))
+        and x.shape[channel + 1 :] == context.shapes[0][channel + 1 :]
+    )
     context.fix(*weight.axes[2:], message="kernel taps are positions")
     writes, reads = (1, 0) if transposed else (0, 1)
     _, channels = _channels(context, x.axes[channel], weight, reads, writes, groups)
@@ -102,18 +112,22 @@ def _convolution(
     return Typed((*x.axes[:channel], channels, *_spatial(context, x, channel + 1, pointwise)))
 
 
+def _everywhere(value: Any, wanted: int) -> bool:
+    return all(item == wanted for item in ([value] if isinstance(value, (int, str)) else value))
+
+
 def _pool(context: Context, x: Typed, spatial: int) -> Typed:
     first = x.rank - spatial
     return Typed((*x.axes[:first], *_spatial(context, x, first)))
 
 
-@rule("max_pool1d", "avg_pool1d", "adaptive_avg_pool1d", "lp_pool1d")
+@rule("max_pool1d", "avg_pool1d", "adaptive_avg_pool1d")
 def pool1d(context: Context, x: Typed, *_: Any, **__: Any) -> Typed:
     """Pool the last axis."""
     return _pool(context, x, 1)
 
 
-@rule("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d", "lp_pool2d")
+@rule("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d")
 def pool2d(context: Context, x: Typed, *_: Any, **__: Any) -> Typed:
     """Pool the last two axes."""
     return _pool(context, x, 2)

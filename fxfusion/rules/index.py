@@ -22,16 +22,22 @@ def embedding(context: Context, weight: Typed, indices: Typed, *_: Any, **__: An
 @rule("index", "_unsafe_index")
 def index(context: Context, x: Typed, indices: Sequence[Typed | None]) -> Typed:
     """``x[i, j, ...]`` with tensors of indices: the indexed axes have an order, the others pass."""
+    if any(item is not None and item.boolean for item in indices):
+        return _masked(context, x, indices)
     places = [axis for axis, item in enumerate(indices) if item is not None]
     context.fix(*(x.axes[axis] for axis in places), message=_INDEXED)
     picked = context.broadcast(*(item for item in indices if item is not None)).axes
-    if picked and len(picked) != len(context.shapes[0]) - (x.rank - len(places)):  # a mask of booleans
-        context.fix(*picked, message=_INDEXED)
-        return Typed(tuple(context.fixed_like(context.shapes[0])))
     adjacent = places == list(range(places[0], places[-1] + 1))
     where = places[0] if adjacent else 0
     kept = [axis for place, axis in enumerate(x.axes) if place not in places]
     return Typed((*kept[:where], *picked, *kept[where:]))
+
+
+def _masked(context: Context, x: Typed, indices: Sequence[Typed | None]) -> Typed:
+    """``x[mask]``: how many units are picked depends on the data; nothing may move."""
+    given = [axis for item in indices if item is not None for axis in item.axes]
+    context.fix(*x.axes, *given, message="a mask picks from it")
+    return Typed(tuple(context.fixed_like(context.shapes[0])))
 
 
 @rule("index_select")
@@ -42,7 +48,21 @@ def index_select(context: Context, x: Typed, dim: int, indices: Typed) -> Typed:
     return Typed((*x.axes[:axis], *indices.axes, *x.axes[axis + 1 :]))
 
 
-@rule("gather", "take_along_dim")
+@rule("take_along_dim")
+def take_along_dim(context: Context, x: Typed, indices: Typed, dim: int | None = None) -> Typed:
+    """Like gather, with the dimension last and the other axes broadcast."""
+    if dim is not None and x.rank == indices.rank:
+        axis = dim % x.rank
+        unequal = [
+            other for other in range(x.rank) if other != axis and x.shape[other] != indices.shape[other]
+        ]
+        if not unequal:
+            return gather(context, x, dim, indices)
+    context.fix(*x.axes, *indices.axes, message=_INDEXED)
+    return Typed(tuple(context.fixed_like(context.shapes[0])))
+
+
+@rule("gather")
 def gather(context: Context, x: Typed, dim: int, indices: Typed, **_: Any) -> Typed:
     """``x[..., indices[...], ...]`` along an axis; the other axes of both run together."""
     axis = dim % x.rank
@@ -55,6 +75,7 @@ def gather(context: Context, x: Typed, dim: int, indices: Typed, **_: Any) -> Ty
             axes[other] = context.unify(x.axes[other], indices.axes[other])
         else:
             context.fix(x.axes[other], indices.axes[other], message="only a leading part of it is read")
+            axes[other] = context.fixed(indices.shape[other])
     return Typed(tuple(axes))
 
 
@@ -62,4 +83,4 @@ def gather(context: Context, x: Typed, dim: int, indices: Typed, **_: Any) -> Ty
 def triangle(context: Context, x: Typed, *_: Any, **__: Any) -> Typed:
     """Keep a triangle of the last two axes: both have an order."""
     context.fix(x.axes[-1], x.axes[-2], message="a triangle of it is kept")
-    return Typed(x.axes)
+    return Typed((*x.axes[:-2], *context.fixed_like(x.shape[-2:])))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fxfusion.axes import Axis
+from fxfusion.axes import Axis, Constant
 from fxfusion.rules.context import Context, Typed
 from fxfusion.rules.registry import rule
 
@@ -36,7 +36,8 @@ def native_layer_norm(
 ) -> Sequence[Typed]:
     """Layer normalisation that also returns its statistics."""
     result = layer_norm(context, x, shape, weight, bias)
-    statistic = Typed(tuple(context.fixed_like(context.shapes[1])))
+    first = x.rank - len(shape)
+    statistic = Typed((*x.axes[:first], *[Constant(1)] * len(shape)))
     return [result, *[statistic] * (len(context.shapes) - 1)]
 
 

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
+from fxfusion.axes import Axis, Constant
 from fxfusion.rules.context import Context, Typed
 from fxfusion.rules.registry import rule
 
 UNARY = (
-    "abs acos acosh asin asinh atan atanh bitwise_not ceil celu clamp clamp_max clamp_min clone contiguous "
+    "abs acos acosh asin asinh atan atanh bitwise_not ceil celu clone contiguous "
     "cos cosh deg2rad detach digamma dropout elu erf erfc erfinv exp exp2 expm1 feature_dropout floor frac "
     "gelu hardshrink hardsigmoid hardswish hardtanh isfinite isinf isnan leaky_relu lgamma lift_fresh_copy "
-    "log log10 log1p log2 log_sigmoid logical_not mish nan_to_num native_dropout neg positive reciprocal "
+    "log log10 log1p log2 log_sigmoid logical_not mish nan_to_num neg positive reciprocal "
     "relu relu6 round rsqrt selu sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink sqrt "
     "square tan tanh threshold trunc alias to _to_copy type_as"
 )
 BINARY = (
     "__and__ __or__ __xor__ __lshift__ __rshift__ add addcdiv addcmul atan2 bitwise_and bitwise_or "
-    "bitwise_xor bitwise_left_shift bitwise_right_shift copy copysign div eq floor_divide floor_divide fmax "
+    "bitwise_xor bitwise_left_shift bitwise_right_shift clamp clamp_max clamp_min copysign "
+    "div eq floor_divide fmax "
     "fmin fmod ge gt hypot ldexp le lerp logaddexp logaddexp2 logical_and logical_or logical_xor lt "
-    "masked_fill max_other maximum min_other minimum mul ne pow remainder rsub sub true_divide where xlogy"
+    "masked_fill maximum minimum mul ne pow remainder rsub sub true_divide where xlogy"
 )
 
 
@@ -30,17 +32,34 @@ def unary(context: Context, x: Typed, *_: Any, **__: Any) -> Typed:
 
 
 @rule(*BINARY.split())
-def binary(context: Context, *operands: Any, **_: Any) -> Typed:
+def binary(context: Context, *operands: Any, **named: Any) -> Typed:
     """Unify aligned axes."""
-    return context.broadcast(*(operand for operand in operands if isinstance(operand, Typed)))
+    given = [*operands, *named.values()]
+    return context.broadcast(*(operand for operand in given if isinstance(operand, Typed)))
+
+
+@rule("copy")
+def copy(context: Context, x: Typed, source: Typed, *_: Any, **__: Any) -> Typed:
+    """``x.copy_(source)``: the old values are not read, the new ones repeat where the source broadcasts."""
+    missing = x.rank - source.rank
+    axes: list[Axis] = [Constant(size) for size in x.shape[:missing]]
+    for size, axis in zip(x.shape[missing:], source.axes, strict=True):
+        axes.append(axis if axis.size == size else Constant(size))
+    return Typed(tuple(axes))
+
+
+@rule("native_dropout")
+def native_dropout(context: Context, x: Typed, *_: Any, **__: Any) -> list[Typed]:
+    """Dropout that also returns its mask."""
+    return [Typed(x.axes), Typed(x.axes)]
 
 
 @rule("prelu", "rrelu_with_noise", "rrelu")
 def prelu(context: Context, x: Typed, weight: Any = None, *_: Any, **__: Any) -> Typed:
     """``prelu(x, weight)``: one slope per channel (axis 1), or one for all."""
     if isinstance(weight, Typed) and weight.rank == 1 and weight.shape[0] > 1:
-        context.unify(x.axes[1], weight.axes[0])
         context.kept(weight)
+        return Typed((x.axes[0], context.unify(x.axes[1], weight.axes[0]), *x.axes[2:]))
     return Typed(x.axes)
 
 

@@ -30,7 +30,13 @@ def transpose(context: Context, x: Typed, first: int, second: int) -> Typed:
     return Typed(tuple(axes))
 
 
-@rule("t", "numpy_T", "mT", "adjoint")
+@rule("numpy_T")
+def reverse_axes(context: Context, x: Typed) -> Typed:
+    """Reverse the order of all axes."""
+    return Typed(x.axes[::-1])
+
+
+@rule("t", "mT", "adjoint")
 def matrix_transpose(context: Context, x: Typed) -> Typed:
     """Swap the last two axes; a vector stays."""
     return Typed(x.axes if x.rank < 2 else (*x.axes[:-2], x.axes[-1], x.axes[-2]))
@@ -187,11 +193,16 @@ def roll(context: Context, x: Typed, shifts: Sequence[int], dims: Sequence[int] 
     """Rotate axes: positions along them have a meaning."""
     rolled = range(x.rank) if not dims else [dim % x.rank for dim in dims]
     context.fix(*(x.axes[dim] for dim in rolled), message="it is rolled")
-    return Typed(x.axes)
+    return _reordered(context, x, rolled)
 
 
 @rule("flip")
 def flip(context: Context, x: Typed, dims: Sequence[int]) -> Typed:
     """Reverse axes: positions along them have a meaning."""
     context.fix(*(x.axes[dim] for dim in dims), message="it is reversed")
-    return Typed(x.axes)
+    return _reordered(context, x, [dim % x.rank for dim in dims])
+
+
+def _reordered(context: Context, x: Typed, dims: Sequence[int]) -> Typed:
+    """Return new fixed axes where positions moved; rolling all axes as one mixes them."""
+    return Typed(tuple(context.fixed(axis.size) if dim in dims else axis for dim, axis in enumerate(x.axes)))

@@ -51,6 +51,7 @@ def truth(*shape: int) -> torch.Tensor:
 
 
 INDICES = torch.tensor([[0, 1, 1], [2, 0, 3]])
+PICKED = torch.tensor([0, 1, 1, 3, 2])
 UNEVEN = torch.tensor([1, 3, 2])
 
 
@@ -90,7 +91,7 @@ def _unary() -> dict[str, list[Example]]:
     found["bitwise_not"] = [call(aten.bitwise_not.default, whole(2, 5))]
     found["clamp"] = [
         call(aten.clamp.default, real(2, 5), -0.5, 0.5),
-        call(aten.clamp.Tensor, real(3, 5), real(5), real(3, 1) + 3),
+        call(aten.clamp.Tensor, real(3, 5), real(5) - 1, real(3, 1) + 0.5),
     ]
     found["clamp_max"] = [
         call(aten.clamp_max.default, real(2, 5), 0.5),
@@ -487,11 +488,11 @@ def _index() -> dict[str, list[Example]]:
         "embedding": [call(aten.embedding.default, real(4, 5), INDICES)],
         "index": [
             call(aten.index.Tensor, real(5, 4, 2), [None, INDICES]),
-            call(aten.index.Tensor, real(4, 3, 5), [torch.tensor([0, 1, 1, 3, 2]), torch.tensor([2, 0, 0, 1, 1])]),
+            call(aten.index.Tensor, real(4, 3, 5), [PICKED, PICKED.flip(0) % 3]),
             call(aten.index.Tensor, real(4, 3, 5), [INDICES, None, INDICES]),
             call(aten.index.Tensor, real(3, 5), [torch.tensor([True, False, True])]),
             call(aten.index.Tensor, real(3, 5), [torch.tensor([True, True, True])]),
-            call(aten.index.Tensor, real(2, 3, 5), [torch.tensor([[True, False, True], [True, True, False]])]),
+            call(aten.index.Tensor, real(2, 3, 5), [torch.eye(2, 3) < 0.5]),
         ],
         "_unsafe_index": [call(aten._unsafe_index.Tensor, real(5, 4, 2), [None, INDICES])],
         "index_select": [call(aten.index_select.default, real(5, 4), 1, INDICES.flatten())],
@@ -506,6 +507,12 @@ def _index() -> dict[str, list[Example]]:
         ],
         "tril": [call(aten.tril.default, real(4, 5))],
         "triu": [call(aten.triu.default, real(2, 4, 4), 1)],
+        "einsum": [
+            call(aten.einsum.default, "bhid,bhjd->bhij", [real(2, 3, 4, 5), real(2, 3, 6, 5)]),
+            call(aten.einsum.default, "ij, jk", [real(3, 4), real(4, 5)]),
+            call(aten.einsum.default, "...i,oi->...o", [real(2, 3, 4), real(5, 4)]),
+            call(aten.einsum.default, "ij->j", [real(3, 4)]),
+        ],
     }  # fmt: skip
 
 
