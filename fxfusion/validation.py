@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -23,7 +24,7 @@ from fxfusion.errors import (
 from fxfusion.execution import Program
 
 SAMPLES = 2  # of the example, on which parents are compared with the captured graph
-FUNCTION_TOLERANCE = 1e-3  # relative to the largest output element, in the parents' own precision
+FUNCTION_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}  # relative to the largest output element
 
 _SHOWN = 5  # names listed in a message
 _INERT = ("Dropout", "DropPath", "Identity")  # modules that do nothing in evaluation
@@ -61,7 +62,7 @@ def check_parents(models: Sequence[Model], target: int) -> list[dict[str, torch.
 InvalidWeightError
     """
     if isinstance(models, torch.nn.Module):
-        raise OptionError(f"models is one {type(models).__name__}: give a list of two or more models")
+        raise OptionError(f"models is one {type(models).__name__}: give a sequence of two or more models")
     if len(models) < 2:
         raise TooFewModelsError(f"fusion needs at least two models, {len(models)} given")
     for index, model in enumerate(models):
@@ -237,12 +238,19 @@ def check_function(
     """
     program = Program(capture)
     args, kwargs = first_samples(capture, SAMPLES)
-    for index, (model, state) in enumerate(zip(models, states, strict=True)):
-        expected = _outputs(model, args, kwargs)
-        actual = program.run([capture.canonical(state)], args, kwargs)[0]
-        if len(expected) == len(actual) and all(map(_close, expected, actual)):
+    precision = _precision(states[target])
+    for index in sorted(range(len(models)), key=lambda item: item != target):
+        own = _precision(states[index])
+        inputs = _cast((args, kwargs), precision, own)
+        weights = _cast(capture.canonical(states[index]), own, precision)
+        expected = _outputs(models[index], *inputs)
+        actual = program.run([weights], args, kwargs)[0]
+        tolerance = FUNCTION_TOLERANCE.get(precision if own == precision else torch.float16, 1e-2)
+        if len(expected) == len(actual) and all(
+            _close(left, right, tolerance) for left, right in zip(expected, actual, strict=True)
+        ):
             continue
-        name = model_name(model, index)
+        name = model_name(models[index], index)
         if index == target:
             raise CaptureError(
                 f"the graph captured from {name} computes something else than the model itself: was it run "
@@ -252,6 +260,17 @@ def check_function(
             f"{name} computes another function of its weights than {model_name(models[target], target)}: "
             "fuse models with the same configuration (activation, heads, constants)"
         )
+
+
+def _precision(state: Mapping[str, torch.Tensor]) -> torch.dtype:
+    return next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), torch.float32)
+
+
+def _cast(tree: Any, old: torch.dtype, new: torch.dtype) -> Any:
+    """Return a tree of tensors with those of one precision in another."""
+    return pytree.tree_map_only(
+        torch.Tensor, lambda tensor: tensor.detach().to(new) if tensor.dtype == old else tensor, tree
+    )
 
 
 def _outputs(model: Model, args: Sequence[object], kwargs: Mapping[str, object]) -> list[object]:
@@ -274,11 +293,11 @@ def _outputs(model: Model, args: Sequence[object], kwargs: Mapping[str, object])
             item.training = True
 
 
-def _close(left: object, right: object) -> bool:
+def _close(left: object, right: object, tolerance: float) -> bool:
     if not isinstance(left, torch.Tensor) or not isinstance(right, torch.Tensor):
         return True
     if left.shape != right.shape:
         return False
     left, right = left.double(), right.double()
     scale = left[left.isfinite()].abs().max() if bool(left.isfinite().any()) else torch.ones(())
-    return torch.allclose(left, right, rtol=0.0, atol=FUNCTION_TOLERANCE * float(scale), equal_nan=True)
+    return torch.allclose(left, right, rtol=0.0, atol=tolerance * float(scale), equal_nan=True)

@@ -26,6 +26,7 @@ from fxfusion.errors import (
     TooFewModelsError,
     WidthMismatchError,
 )
+from fxfusion.rules import RULES
 from tests import zoo
 
 X = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
@@ -410,11 +411,21 @@ def test_an_operator_without_a_rule_is_a_limit_that_is_named() -> None:
     assert any("test_bad_input.py:" in limit.source for limit in plan.limits)
 
 
-def test_an_unsound_plan_is_refused() -> None:
+def test_a_model_that_draws_random_numbers_is_refused() -> None:
     class Noisy(Plain):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             hidden = self.first(x)
             return self.second(hidden + torch.randn_like(hidden))
 
-    with pytest.raises(fxfusion.errors.CertificationError, match=r"model 0 \(Noisy\)"):
+    with pytest.raises(CaptureError, match=r"model 1 \(Noisy\) computes something else"):
         fxfusion.fuse([Noisy(), Noisy()], (X,))
+
+
+def test_an_unsound_plan_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ordered(Plain):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x).cumsum(-1))
+
+    monkeypatch.setitem(RULES, "cumsum", RULES["relu"])
+    with pytest.raises(fxfusion.errors.CertificationError, match=r"model 0 \(Ordered\)"):
+        fxfusion.fuse([Ordered(), Ordered()], (X,))

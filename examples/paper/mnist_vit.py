@@ -69,7 +69,7 @@ def train(data: Images, seed: int, epochs: float) -> ViTForImageClassification:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: min((step + 1) / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * max(step - WARM_UP, 0) / steps)),
+        lambda step: min((step + 1) / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * step / steps)),
     )
     order = torch.Generator().manual_seed(1000 + seed)
     batches = itertools.chain.from_iterable(
