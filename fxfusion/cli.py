@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -364,17 +365,18 @@ def _draw(function: str, found: Plan, path: Path) -> None:
 
 
 def _print_plan(console: Console, name: str, found: Plan) -> None:
-    table = Table(title=Text(name))
+    table = Table(
+        title=Text(name), caption="maps: one, or one for every unit of the outer spaces, such as heads"
+    )
     table.add_column("space", overflow="fold")
     table.add_column("size", justify="right")
-    table.add_column("symmetry")
-    table.add_column("moves", overflow="fold")
+    table.add_column("symmetry", no_wrap=True)
+    table.add_column("maps", justify="right")
     table.add_column("touches", justify="right")
     for space in found.spaces:
-        scope = f"separately in every unit of {', '.join(space.scope)}" if space.scope else "as a whole"
-        table.add_row(
-            Text(space.name), str(space.size), space.symmetry.value, Text(scope), str(len(space.incidences))
-        )
+        maps = math.prod(found.scope_size(outer) for outer in space.scope)
+        cells = (space.size, space.symmetry.value, maps, len(space.incidences))
+        table.add_row(Text(space.name), *map(str, cells))
     console.print(table)
     console.print(
         f"{len(found.spaces)} free spaces, {100 * found.covered:.2f} % of the parameter elements covered",
