@@ -17,6 +17,7 @@ from fxfusion.rules.registry import operator_name
 
 BATCH_NORMS = ("batch_norm", "_native_batch_norm_legit_no_training")
 _TINY = 1e-12
+_ROUNDING = 1e-4  # relative to a standard deviation or variance
 
 
 @dataclasses.dataclass(eq=False)
@@ -121,7 +122,8 @@ def _corrected(
     expected_mean = shares @ torch.stack([item.mean for item in parents])
     expected = shares @ torch.stack([item.variance for item in parents])
     ratio = torch.where(expected > _TINY, own.variance / (expected + _TINY), torch.ones(()))
-    return (
-        (mean.double() + own.mean - expected_mean).to(mean.dtype),
-        (variance.double() * ratio).to(variance.dtype),
-    )
+    shift = own.mean - expected_mean
+    # Float32 activations carry rounding: what is no larger is no difference, and stays uncorrected.
+    ratio = torch.where((ratio - 1.0).abs() > _ROUNDING, ratio, torch.ones(()))
+    shift = torch.where(shift.abs() > _ROUNDING * expected.sqrt(), shift, torch.zeros(()))
+    return (mean.double() + shift).to(mean.dtype), (variance.double() * ratio).to(variance.dtype)
