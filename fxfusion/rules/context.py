@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from fxfusion import notation
-from fxfusion.axes import Axis, Constant, Leaf, Reason, atoms_of, concatenation, is_free, product, resolve
+from fxfusion.axes import Axis, Constant, Leaf, Reason, atoms_of, concatenation, product
 from fxfusion.unify import Unifier
 
 
@@ -205,13 +205,3 @@ class Context:
             if operand.origins:
                 for index, label in enumerate(labels):
                     self.records.uses.append(Use(operand, index, label not in result))
-
-    # -- questions ------------------------------------------------------------------------------
-
-    def is_free(self, axis: Axis) -> bool:
-        """Return whether a space that may be permuted lies below an axis."""
-        return is_free(axis)
-
-    def varies(self, axis: Axis) -> bool:
-        """Return whether a tensor with this axis may vary along it."""
-        return not isinstance(resolve(axis), Constant)
