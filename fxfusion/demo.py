@@ -112,11 +112,11 @@ class Settings:
     width: int = 64
     depth: int = 3
     heads: int = 4
-    epochs: int = 30
-    tuning_epochs: int = 15
+    epochs: int = 25
+    tuning_epochs: int = 20
     batch_size: int = 64
     learning_rate: float = 3e-3
-    tuning_rate: float = 3e-3
+    tuning_rate: float = 2e-3
     weight_decay: float = 0.5
     noise: float = 0.2
     distortion: float = 0.1

@@ -90,12 +90,23 @@ class _Inference:
             self._sweep()
             if not unifier.changes:
                 break
+        else:
+            self._give_up()
         tensors = {
             node.name: value.axes
             for node, value in self.env.items()
             if isinstance(value, Typed) and not value.parameter
         }
         return Inferred(self.parameters, tensors, self.context, list(self.ruleless.values()))
+
+    def _give_up(self) -> None:
+        """Freeze everything: types that have not settled may still lack a constraint."""
+        self.context.enter("", "inference", "", [])
+        message = f"inference did not settle in {MAXIMAL_SWEEPS} sweeps: every axis is frozen"
+        self.ruleless[""] = self.context.reason("no rule", message)
+        for axes in self.parameters.values():
+            for axis in axes:
+                self.context.unifier.fix(axis, "no rule", message)
 
     def _sweep(self) -> None:
         self.env = {}

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import fxfusion
+from fxfusion import inference
 from fxfusion.plan import Plan, Role
 from tests import zoo
 
@@ -293,3 +294,11 @@ def test_the_meta_device_gives_the_same_plan(name: str) -> None:
         model = {**zoo.MODELS, **zoo.ADVERSARIAL}[name].build().eval()
     args, kwargs = zoo.inputs(name)
     assert fxfusion.plan(model, args, kwargs).spaces == plan_of(name).spaces
+
+
+def test_inference_that_does_not_settle_frees_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "MAXIMAL_SWEEPS", 1)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    plan = fxfusion.plan(model, (torch.randn(2, 4),))
+    assert plan.spaces == ()
+    assert "did not settle" in plan.limits[0].reason
