@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ from fxfusion.passes.repair import Repair
 from fxfusion.plan import Plan
 from fxfusion.progress import Progress, silent
 from fxfusion.report import FusionReport, SpaceRow
-from fxfusion.state import KEY, FusionState, attach, state_of
+from fxfusion.state import KEY, FusionState, attach, prepared, state_of
 from fxfusion.symmetry import act, complete, random_maps
 from fxfusion.transport.hierarchy import Coupling
 from fxfusion.validation import (
@@ -52,8 +53,10 @@ def prepare(
     Parameters
     ----------
     model : torch.nn.Module, torch.fx.GraphModule or torch.export.ExportedProgram
+        A graph module made by this function is not captured again: prepare a large model once, then plan,
+        certify and fuse it as often as you like.
     args, kwargs : sequence, mapping
-        Example inputs.
+        Example inputs. A prepared module keeps its own where none are given.
 
     Returns
     -------
@@ -76,7 +79,17 @@ def prepare(
     >>> state_of(result.graph_module, "plan").plan.spaces
     ()
     """
-    return attach(capture(model, args, kwargs))
+    known = prepared(model)
+    if known is None:
+        return attach(capture(model, args, kwargs))
+    example = (tuple(args), dict(kwargs or {})) if args or kwargs else (known.args, known.kwargs)
+    return attach(dataclasses.replace(known, module=_sharing(known.module), args=example[0], kwargs=example[1]))
+
+
+def _sharing(module: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy of a graph module that holds the very same tensors."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
 
 
 def plan(

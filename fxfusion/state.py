@@ -63,6 +63,12 @@ def attach(capture: Capture) -> fx.GraphModule:
     return capture.module
 
 
+def prepared(model: Any) -> Capture | None:
+    """Return the capture that a graph module of :func:`attach` carries, or None for any other model."""
+    state = model.meta.get(KEY) if isinstance(model, fx.GraphModule) else None
+    return dataclasses.replace(state.capture, module=model) if isinstance(state, FusionState) else None
+
+
 def state_of(
     module: fx.GraphModule, need: str = "capture", by: str = "fxfusion.capture.capture"
 ) -> FusionState:

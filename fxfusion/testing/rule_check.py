@@ -1,9 +1,4 @@
-"""Property tests for operator rules and models: is what was inferred true, and is anything missed?
-
-=====================  ==================================================================
-:func:`check_rule`     hold one rule against its operator: false claims, missed symmetries
-:func:`check_model`    certify a whole model, and make sure that something was permuted
-=====================  ==================================================================
+"""Hold one operator rule against the operator itself: is what it claims true, and is anything missed?
 
 A rule is checked on a graph of one operator whose tensors are all parameters, so that every axis starts
 free and whatever the rule lets pass is claimed to be a symmetry. Claims are then tried on the operator
@@ -22,12 +17,10 @@ import torch
 from torch import fx
 
 from fxfusion.axes import Axis, Case, Leaf, Sum, children_of, describe, factors_of, leaves_of, resolve
-from fxfusion.capture import Capture, Model
-from fxfusion.certify import Certificate
+from fxfusion.capture import Capture
 from fxfusion.dependencies import dependencies
 from fxfusion.inference import Inferred, infer
 from fxfusion.layout import lay_out
-from fxfusion.pipeline import certify
 from fxfusion.transport.map import HardMap, Map, transport_tensor
 
 TOLERANCE = 1e-9  # relative to the largest element, in float64
@@ -116,41 +109,6 @@ def check_rule(
             context = f"with {key}[{axis}] made by {way}: "
             false_claims += [context + claim for claim in trial.false_claims(generator)]
     return RuleReport(str(operator), tuple(false_claims), tuple(missed))
-
-
-def check_model(
-    model: Model, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, seed: int = 0
-) -> Certificate:
-    """Assert that a random symmetric twin of a model computes the same, and is not the model itself.
-
-    Parameters
-    ----------
-    model : torch.nn.Module, torch.fx.GraphModule or torch.export.ExportedProgram
-    args, kwargs : sequence, mapping
-        Example inputs.
-    seed : int
-        Draws the twin.
-
-    Returns
-    -------
-    Certificate
-
-    Raises
-    ------
-    AssertionError
-        If the function changed, or nothing in the model may be permuted.
-
-    Examples
-    --------
-    >>> import torch
-    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-    >>> check_model(model, (torch.randn(2, 4),)).ok
-    True
-    """
-    certificate = certify(model, args, kwargs, seed)
-    assert certificate.ok, f"the function changed by {certificate.max_relative_error:.2g}: {certificate}"
-    assert certificate.moved > 0, f"no unit of the model may be permuted: {certificate}"
-    return certificate
 
 
 # -- a graph of one operator ----------------------------------------------------------------------
