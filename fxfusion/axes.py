@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 _serials = itertools.count()
 
@@ -56,6 +58,31 @@ class Reason:
             reason = reason.because
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Route:
+    """Every unit of an axis (a token) belongs to one unit of another axis (its expert), as an index says.
+
+    Attributes
+    ----------
+    axis : Axis
+        The axis whose units are chosen: the experts.
+    key : str
+        The index tensor that says which; two axes routed by different indices must not be confused.
+    source : str
+        The index tensor that was sorted to make the axis, if sorting made it.
+    bag : str
+        Names the index tensor's values whatever their order.
+    rank : int
+        How many axes the index tensor has: all of them together choose.
+    """
+
+    axis: Axis
+    key: str
+    source: str = ""
+    bag: str = ""
+    rank: int = 1
+
+
 class Axis:
     """A node of the union-find; see the module's table for the five kinds."""
 
@@ -73,24 +100,57 @@ class Leaf(Axis):
     ----------
     fixed : Reason or None
         Why only the identity may act, or None while the space is free.
+    cause : Reason or None
+        The same, unless it was inherited from a leaf that it met or came from: a link leads there.
+    merged : tuple of Leaf
+        The fixed leaves that this one stands for as their product.
     groups : set of int
         One mark per product that the leaf is a factor of; leaves that share a mark lie in one axis of a
         parameter, so one may depend on a summand of the other.
     independent : tuple of Axis
         Summands on which the leaf is known not to depend.
+    route : Route or None
+        Which unit of another axis each unit belongs to, for tokens routed to experts.
     serial, sweep : int
         Creation order, and the sweep in which it was created.
     """
 
-    __slots__ = ("fixed", "groups", "independent", "serial", "sweep")
+    __slots__ = ("cause", "fixed", "groups", "independent", "merged", "route", "serial", "sweep")
 
     def __init__(self, size: int, sweep: int = 0, fixed: Reason | None = None) -> None:
         super().__init__(size)
-        self.fixed = fixed
+        self.fixed = self.cause = fixed
+        self.merged: tuple[Leaf, ...] = ()
         self.groups: set[int] = set()
         self.independent: tuple[Axis, ...] = ()
+        self.route: Route | None = None
         self.serial = next(_serials)
         self.sweep = sweep
+
+
+class Link(NamedTuple):
+    """A step of the proof why two leaves are what they are to each other.
+
+    Leaves are the vertices and links the edges of a forest: the path between two leaves names the graph
+    nodes that made one follow from the other (a proof-producing union-find).
+
+    Attributes
+    ----------
+    first, second : Leaf
+    relation : str
+        ``"same"`` if both enumerate the same units, else what ``second`` is in the structure that
+        ``first`` got: a ``"factor"``, a ``"part"`` or an ``"alternative"``.
+    structure : str
+        That structure, as text.
+    where : Reason
+        Names the graph node; its message says nothing.
+    """
+
+    first: Leaf
+    second: Leaf
+    relation: str
+    structure: str
+    where: Reason
 
 
 class Constant(Axis):
@@ -165,7 +225,7 @@ def resolve(axis: Axis) -> Axis:
 def product(factors: Iterable[Axis]) -> Axis:
     """Return the normal form of a row-major product: flat, without factors of size one.
 
-    Adjacent constants merge, and so do adjacent fixed leaves: neither has an identity to keep.
+    Adjacent constants merge: they have no identity to keep.
     """
     flat: list[Axis] = []
     for factor in factors:
@@ -173,13 +233,22 @@ def product(factors: Iterable[Axis]) -> Axis:
             last = flat[-1] if flat else None
             if isinstance(item, Constant) and isinstance(last, Constant):
                 flat[-1] = Constant(last.size * item.size)
-            elif isinstance(item, Leaf) and isinstance(last, Leaf) and item.fixed and last.fixed:
-                flat[-1] = Leaf(last.size * item.size, last.sweep, last.fixed)
             else:
                 flat.append(item)
     if not flat:
         return Constant(1)
     return flat[0] if len(flat) == 1 else Product(flat)
+
+
+def merge_fixed(outer: Axis, inner: Axis) -> Leaf | None:
+    """Return the product of two fixed leaves as one fixed leaf, which may be split in any way, or None."""
+    outer, inner = resolve(outer), resolve(inner)
+    if not (isinstance(outer, Leaf) and isinstance(inner, Leaf) and outer.fixed and inner.fixed):
+        return None
+    # Made anew at every sweep and fixed anyway: nothing that happens to it is news.
+    merged = Leaf(outer.size * inner.size, sys.maxsize)
+    merged.fixed, merged.merged = outer.fixed, (outer, inner)
+    return merged
 
 
 def concatenation(parts: Iterable[Axis]) -> Axis:

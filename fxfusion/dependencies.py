@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from fxfusion.axes import Axis, Leaf, leaves_of, resolve
+from fxfusion.axes import Axis, Leaf, Route, leaves_of, resolve
 from fxfusion.inference import Inferred
 from fxfusion.layout import tensor_blocks
 
@@ -36,7 +36,8 @@ def dependencies(inferred: Inferred, held: frozenset[Leaf]) -> dict[Leaf, tuple[
     outer: dict[Leaf, set[Leaf]] = {}
     rank: dict[Leaf, int] = {}
     seen: set[tuple[int, ...]] = set()
-    for axes in [*inferred.parameters.values(), *inferred.tensors.values()]:
+    inner = inferred.context.records.inner
+    for axes in [*inferred.parameters.values(), *inferred.tensors.values(), *inner]:
         relevant = _relevant(axes)
         if relevant and _first(relevant, seen):
             for block in _blocks(relevant):
@@ -69,12 +70,27 @@ def _first(axes: Sequence[Axis | None], seen: set[tuple[int, ...]]) -> bool:
 
 def _blocks(axes: Sequence[Axis]) -> Iterable[_Occurrences]:
     for pieces in tensor_blocks(axes):
-        yield [
+        block = [
             (leaf, axis)
             for axis, piece in enumerate(pieces)
             for leaf, _, _ in piece.factors
             if leaf is not None
         ]
+        yield [*block, *_routes(block)]
+
+
+def _routes(block: _Occurrences) -> _Occurrences:
+    """Return the units that routed tokens belong to, as if the tensor held them along the tokens' axis."""
+    found: dict[Route, list[int]] = {}
+    for leaf, axis in block:
+        if leaf.route is not None:
+            found.setdefault(leaf.route, []).append(axis)
+    return [
+        (leaf, axes[0])
+        for route, axes in found.items()
+        if len(axes) == route.rank
+        for leaf in leaves_of(route.axis)
+    ]
 
 
 def _hold(block: _Occurrences, outer: dict[Leaf, set[Leaf]], rank: dict[Leaf, int]) -> None:
@@ -99,6 +115,7 @@ def _pairs(inner: Sequence[int], outer: Sequence[int]) -> bool:
 def _mix(kept: Sequence[Axis], mixed: Sequence[Axis], outer: dict[Leaf, set[Leaf]]) -> None:
     for block in _blocks([*kept, *mixed]):
         moved = {leaf for leaf, axis in block if axis >= len(kept)}
+        moved |= {item for leaf in moved if leaf.route for item in leaves_of(leaf.route.axis)}
         for leaf, axis in block:
             if axis < len(kept) and leaf in outer:
                 outer[leaf] -= moved

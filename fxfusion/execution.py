@@ -6,6 +6,7 @@ activations exist, and what depends on no parameter (masks, positions) is comput
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,11 +17,36 @@ from torch import fx
 
 from fxfusion.capture import Capture
 from fxfusion.errors import CalibrationMismatchError
+from fxfusion.rules.registry import operator_name
 
 State = Mapping[str, torch.Tensor]
 Observer = Callable[[fx.Node, Sequence[torch.Tensor]], None]
 
-_LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
+_WIDE = {
+    torch.float32: torch.float64,
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.complex64: torch.complex128,  # rotary tables as complex numbers
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Environment:
+    """Values of nodes: a state's own, those that all states share, and parameters on demand."""
+
+    own: dict[fx.Node, Any]
+    shared: Mapping[fx.Node, Any]
+    parameter: Callable[[fx.Node], torch.Tensor] | None
+
+    def look_up(self, item: Any) -> Any:
+        if not isinstance(item, fx.Node):
+            return item
+        if item in self.own:
+            return self.own[item]
+        if item in self.shared:
+            return self.shared[item]
+        assert self.parameter is not None
+        return self.parameter(item)
 
 
 class Program:
@@ -83,58 +109,64 @@ class Program:
         """
         inputs = self.flatten(args, kwargs)
         with torch.no_grad():
-            return self._run([self._cast_state(state) for state in states], inputs, observe, override)
+            return self._run(states, inputs, observe, override)
 
     def _run(self, states, inputs, observe, override) -> list[list[Any]]:  # type: ignore[no-untyped-def]
         shared: dict[fx.Node, Any] = dict(zip(self.placeholders, map(self._cast, inputs), strict=True))
-        envs: list[dict[fx.Node, Any]] = [{} for _ in states]
+        envs = [_Environment({}, shared, self._parameter(state)) for state in states]
         outputs: list[list[Any]] = []
         for node in self.nodes:
             if node.op == "output":
-                outputs = [[_look_up(item, env, shared) for item in node.args[0]] for env in envs]
+                outputs = [[env.look_up(item) for item in node.args[0]] for env in envs]
             elif node in self._shared:
                 if node.op == "get_attr":
                     shared[node] = self._cast(self._constants[node])
                 elif node.op == "call_function":
-                    shared[node] = self._call(node, {}, shared)
-            elif node.op == "get_attr":
-                name = self.capture.aliases.get(str(node.target), str(node.target))
-                for env, state in zip(envs, states, strict=True):
-                    env[node] = state[name]
-            else:
+                    shared[node] = self._call(node, _Environment({}, shared, None))
+            elif node.op != "get_attr":
                 for index, env in enumerate(envs):
-                    env[node] = self._compute(node, index, env, shared, override)
+                    env.own[node] = self._compute(node, index, env, override)
                 if observe is not None:
-                    observe(node, [env[node] for env in envs])
+                    observe(node, [env.own[node] for env in envs])
             for dead in self._dead.get(node, ()):
-                for env in (*envs, shared):
-                    env.pop(dead, None)
+                shared.pop(dead, None)
+                for env in envs:
+                    env.own.pop(dead, None)
         return outputs
 
-    def _compute(self, node, index, env, shared, override) -> Any:  # type: ignore[no-untyped-def]
+    def _compute(self, node, index, env, override) -> Any:  # type: ignore[no-untyped-def]
         if override is not None:
-            args = fx.map_arg(node.args, lambda item: _look_up(item, env, shared))
-            value = override(node, index, args)
+            value = override(node, index, fx.map_arg(node.args, env.look_up))
             if value is not None:
                 return value
-        return self._call(node, env, shared)
+        return self._call(node, env)
 
-    def _call(self, node: fx.Node, env: Mapping[fx.Node, Any], shared: Mapping[fx.Node, Any]) -> Any:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda item: _look_up(item, env, shared))
+    def _call(self, node: fx.Node, env: _Environment) -> Any:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), env.look_up)
         if self.double:
             args, kwargs = _widen(args), _widen(kwargs)
-        value = node.target(*args, **kwargs)  # type: ignore[operator]
+        target: Any = node.target
+        if self.double:
+            target = _IN_DOUBLE.get(operator_name(target), target)
+        value = target(*args, **kwargs)
         if self.double:  # what is created without a dtype is float32 by default
             value = pytree.tree_map(self._cast, value)
         return value
 
     def _cast(self, value: Any) -> Any:
-        if self.double and isinstance(value, torch.Tensor) and value.dtype in _LOW_PRECISION:
-            return value.double()
+        if self.double and isinstance(value, torch.Tensor) and value.dtype in _WIDE:
+            return value.to(_WIDE[value.dtype])
         return value
 
-    def _cast_state(self, state: State) -> State:
-        return {name: self._cast(tensor) for name, tensor in state.items()} if self.double else state
+    def _parameter(self, state: State) -> Callable[[fx.Node], torch.Tensor]:
+        """Return what looks up a parameter, widened only where it is used: no second set of weights lives."""
+
+        def parameter(node: fx.Node) -> torch.Tensor:
+            name = self.capture.aliases.get(str(node.target), str(node.target))
+            found: torch.Tensor = self._cast(state[name])
+            return found
+
+        return parameter
 
     # -- inputs ---------------------------------------------------------------------------------
 
@@ -161,17 +193,37 @@ class Program:
         return flat
 
 
-def _look_up(item: Any, env: Mapping[fx.Node, Any], shared: Mapping[fx.Node, Any]) -> Any:
-    if not isinstance(item, fx.Node):
-        return item
-    return env[item] if item in env else shared[item]
+def _grouped_mm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    offs: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Multiply stacked matrices, or each group of rows by a matrix of its own."""
+    if offs is None or (x.ndim, weight.ndim) != (2, 3):
+        result = x @ weight
+    else:
+        ends = offs.tolist()
+        groups = [
+            x[start:end] @ weight[i] for i, (start, end) in enumerate(zip([0, *ends], ends, strict=False))
+        ]
+        rest = x.new_zeros(len(x) - (ends[-1] if ends else 0), weight.shape[-1])
+        result = torch.cat([*groups, rest])
+    return result if bias is None else result + bias
+
+
+# Kernels that refuse float64.
+_IN_DOUBLE: dict[str, Callable[..., Any]] = {"_grouped_mm": _grouped_mm}
 
 
 def _widen(value: Any) -> Any:
     """Replace low-precision dtype arguments by float64."""
     if not _mentions_dtype(value):
         return value
-    return pytree.tree_map(lambda item: torch.float64 if item in _LOW_PRECISION else item, value)
+    return pytree.tree_map(
+        lambda item: _WIDE.get(item, item) if isinstance(item, torch.dtype) else item, value
+    )
 
 
 def _mentions_dtype(value: Any) -> bool:

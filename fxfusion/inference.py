@@ -9,15 +9,20 @@ from operator import getitem
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import fx
 
 from fxfusion.axes import Axis, Constant, Reason, is_free
 from fxfusion.capture import Capture
+from fxfusion.decomposition import Decomposer
 from fxfusion.errors import NotationError, RuleError
-from fxfusion.rules import Context, Typed, find_rule
+from fxfusion.rules import Context, Typed, find_rule, operator_name
+from fxfusion.rules.context import Meaning
+from fxfusion.rules.meaning import apply, expose
 
 MAXIMAL_SWEEPS = 10
 LARGEST_FOLDED = 1 << 22  # elements of a constant whose values are looked at
+DEEPEST_DECOMPOSITION = 5  # operators inside of operators
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
@@ -35,12 +40,15 @@ class Inferred:
         With the uses of parameters and the mixes of the last sweep.
     ruleless : list of Reason
         One per node whose operator has no rule and that touched a free axis.
+    meanings : dict of str to Meaning
+        What the values of nodes say about units.
     """
 
     parameters: dict[str, tuple[Axis, ...]]
     tensors: dict[str, tuple[Axis, ...]]
     context: Context
     ruleless: list[Reason]
+    meanings: dict[str, Meaning] = dataclasses.field(default_factory=dict)
 
 
 def infer(capture: Capture, outputs: frozenset[int]) -> Inferred:
@@ -69,12 +77,10 @@ class _Inference:
         self.uniform: dict[str, list[bool]] = {}  # of each constant: along which axes it does not vary
         self.ruleless: dict[str, Reason] = {}
         self.env: dict[fx.Node, Any] = {}
-        self.masks = {
-            node
-            for node in capture.module.graph.nodes
-            if isinstance(node.meta.get("val"), torch.Tensor) and node.meta["val"].dtype is torch.bool
-        }
-        self.steps = [(node, *_facts(node)) for node in capture.module.graph.nodes]
+        self.place = ""  # of the node being typed: its name, below those of the operators it is inside of
+        self.inside: tuple[str, ...] = ()  # operators that are being decomposed
+        self.decomposer = Decomposer()
+        self.steps: dict[fx.GraphModule, list[_Step]] = {}
 
     def run(self) -> Inferred:
         for name, shape in self.capture.parameters.items():
@@ -88,16 +94,22 @@ class _Inference:
             unifier.changes = 0
             self.context.records = type(self.context.records)()
             self._sweep()
+            self.context.settle_orders(self.parameters)
             if not unifier.changes:
                 break
         else:
             self._give_up()
         tensors = {
             node.name: value.axes
-            for node, value in self.env.items()
-            if isinstance(value, Typed) and not value.parameter
+            for node in self.capture.module.graph.nodes
+            if isinstance(value := self.env[node], Typed) and not value.parameter
         }
-        return Inferred(self.parameters, tensors, self.context, list(self.ruleless.values()))
+        meanings = {
+            node.name: value.meaning
+            for node in self.capture.module.graph.nodes
+            if isinstance(value := self.env[node], Typed) and value.meaning is not None
+        }
+        return Inferred(self.parameters, tensors, self.context, list(self.ruleless.values()), meanings)
 
     def _give_up(self) -> None:
         """Freeze everything: types that have not settled may still lack a constraint."""
@@ -112,26 +124,34 @@ class _Inference:
         self.env = {}
         for axes in self.parameters.values():
             self.context.unifier.seal(axes)
-        for node, operator, source, shapes in self.steps:
-            self.context.enter(node.name, operator, source, shapes)
-            value = self._visit(node)
-            if isinstance(value, Typed) and node in self.masks:
-                value = dataclasses.replace(value, boolean=True)
-            self.env[node] = value
+        for step in self._steps_of(self.capture.module):
+            self.place = step.node.name
+            self.context.enter(step.node.name, step.operator, step.source, step.shapes)
+            self.env[step.node] = _as_mask(step.node, self._visit(step))
 
-    def _visit(self, node: fx.Node) -> Any:
+    def _steps_of(self, module: fx.GraphModule) -> list[_Step]:
+        if module not in self.steps:
+            self.steps[module] = [_step(node) for node in module.graph.nodes]
+        return self.steps[module]
+
+    def _visit(self, step: _Step) -> Any:
+        node = step.node
         if node.op == "placeholder":
             return self._input(node)
         if node.op == "get_attr":
             return self._attribute(node)
         if node.op == "output":
             return self._output(node)
-        if not self.context.shapes:
+        return self._call(step)
+
+    def _call(self, step: _Step) -> Any:
+        node = step.node
+        if not step.shapes:
             return _hint(node.meta.get("val"))
         if node.target is getitem:
             source = self.env[node.args[0]]  # type: ignore[index]
             return source[node.args[1]]
-        return self._operator(node)
+        return self._operator(node, step)
 
     def _input(self, node: fx.Node) -> Any:
         if not self.context.shapes:
@@ -154,18 +174,18 @@ class _Inference:
     def _constant(self, node: fx.Node, value: torch.Tensor) -> Typed:
         """Type a constant by where its values vary."""
         known = _is_real(value) and value.numel() <= LARGEST_FOLDED
-        if node.name not in self.uniform:
-            self.uniform[node.name] = [
-                size == 1 or (known and bool((value == value.narrow(axis, 0, 1)).all()))
+        if self.place not in self.uniform:
+            self.uniform[self.place] = [
+                size <= 1 or (known and bool((value == value.narrow(axis, 0, 1)).all()))
                 for axis, size in enumerate(value.shape)
             ]
         reason = self.context.reason("constant", "a constant varies along it")
         axes = tuple(
             Constant(int(size)) if uniform else self.context.unifier.leaf(int(size), reason)
-            for size, uniform in zip(value.shape, self.uniform[node.name], strict=True)
+            for size, uniform in zip(value.shape, self.uniform[self.place], strict=True)
         )
         if known:
-            self.folded[node.name] = value
+            self.folded[self.place] = value
         return Typed(axes, value=value if known else None)
 
     def _output(self, node: fx.Node) -> None:
@@ -175,24 +195,91 @@ class _Inference:
             if index in self.outputs and isinstance(item, fx.Node) and isinstance(self.env[item], Typed):
                 for axis in self.env[item].axes:
                     self.context.unifier.fix(axis, "output", f"it is an axis of output {index}")
+                expose(self.context, self.env[item])
 
     # -- operators ------------------------------------------------------------------------------
 
-    def _operator(self, node: fx.Node) -> Any:
+    def _operator(self, node: fx.Node, step: _Step) -> Any:
         tensors = [self.env[item] for item in node.all_input_nodes if isinstance(self.env[item], Typed)]
         if all(tensor.value is not None for tensor in tensors):
             folded = self._fold(node)
             if folded is not None:
                 return self._constant(node, folded)
         operator = find_rule(node.target)
-        if operator is None:
-            return self._without_rule(node, tensors, "it has no rule")
-        args, kwargs = fx.map_arg((tuple(node.args), dict(node.kwargs)), lambda item: self.env[item])
+        why = "it has no rule"
+        if step.data_dependent:
+            return self._without_rule(node, tensors, "how much it takes or gives depends on the data")
+        if operator is not None:
+            args, kwargs = fx.map_arg((tuple(node.args), dict(node.kwargs)), lambda item: self.env[item])
+            try:
+                self.context.dtypes = step.dtypes
+                typed = apply(self.context, operator_name(node.target), operator, args, kwargs)
+                return self._checked(typed, self._origins(tensors))
+            except (NotationError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+                why = f"its rule does not cover this call ({error})"
+        result = self._decomposed(step, tensors)
+        return self._without_rule(node, tensors, why) if result is None else result
+
+    def _decomposed(self, step: _Step, tensors: Sequence[Typed]) -> Any | None:
+        """Type an operator by the operators that it is made of, or return None if that cannot be done.
+
+        Nothing is fixed here that freezing the operands would not fix, too.
+        """
+        node, place = step.node, self.place
+        if len(self.inside) == DEEPEST_DECOMPOSITION:
+            return None
+        args, kwargs = fx.map_arg((tuple(node.args), dict(node.kwargs)), lambda item: item.meta.get("val"))
+        args, kwargs = pytree.tree_map(_hint, (args, kwargs))
+        graph = self.decomposer(node.target, args, kwargs, _read_outputs(node))
+        if graph is None:
+            return None
+        flat = pytree.tree_leaves((tuple(node.args), dict(node.kwargs)))
+        operands = [self.env[item] for item in flat if _is_tensor(item)]
+        name, source, inside = self.context.node, self.context.source, self.inside
+        self.inside = (*inside, step.operator)
         try:
-            result = operator(self.context, *args, **kwargs)
-        except (NotationError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
-            return self._without_rule(node, tensors, f"its rule does not cover this call ({error})")
-        return self._checked(result, self._origins(tensors))
+            results = self._type_inside(graph, operands, place)
+        except RuleError:  # of a rule inside, whose operands are not at hand here
+            results = None
+        self.place, self.inside = place, inside
+        self.context.enter(name, step.operator, source, step.shapes, place)
+        return None if results is None else self._collected(node, results, self._origins(tensors))
+
+    def _type_inside(self, graph: fx.GraphModule, operands: Sequence[Typed], place: str) -> list[Any]:
+        """Type a decomposition; return its outputs. A parameter among the operands stays a parameter."""
+        name, source = self.context.node, self.context.source
+        given = iter(operands)
+        for step in self._steps_of(graph):
+            node = step.node
+            self.place = f"{place}/{node.name}"
+            self.context.enter(name, step.operator, source, step.shapes, self.place)
+            if node.op == "output":
+                results = fx.map_arg(node.args[0], lambda item: self.env[item])
+                return list(results) if isinstance(results, (list, tuple)) else [results]
+            if node.op == "placeholder":
+                self.env[node] = next(given)
+                continue
+            if node.op == "get_attr":
+                constant = _get(graph, str(node.target))
+                value = self._constant(node, constant) if step.shapes else constant
+            else:
+                value = self._call(step)
+            self.env[node] = value = _as_mask(node, value)
+            if isinstance(value, Typed):
+                self.context.records.inner.append(value.axes)
+        return []
+
+    def _collected(self, node: fx.Node, results: list[Any], origins: frozenset[str]) -> Any | None:
+        """Return the outputs of a decomposed operator; what nobody reads was not computed."""
+        shapes = self.context.shapes
+        typed = [
+            item if isinstance(item, Typed) else Typed(tuple(self.context.fixed_like(shape)))
+            for item, shape in zip(results, shapes, strict=False)
+        ]
+        if [item.shape for item in typed] != shapes:
+            return None
+        several = isinstance(node.meta.get("val"), (list, tuple))
+        return self._checked(typed if several else typed[0], origins)
 
     def _origins(self, tensors: Sequence[Typed]) -> frozenset[str]:
         """Return the parameters from which alone the node is computed, or nothing."""
@@ -208,16 +295,24 @@ class _Inference:
                     f"the rule of {self.context.operator} gave {typed.shape} for an output of {shape} at "
                     f"node {self.context.node} ({self.context.source or 'no source line'}): correct the rule"
                 )
-            self.context.unifier.seal(typed.axes)
-        checked = [Typed(typed.axes, origins=origins) for typed in results]
+            encoded = typed.axes
+            if typed.meaning is not None and typed.meaning.kind == "index":
+                encoded = (*typed.axes, typed.meaning.axis)
+                self.context.records.inner.append(encoded)
+            self.context.unifier.seal(encoded)
+        checked = [
+            Typed(typed.axes, origins=typed.origins or origins, meaning=typed.meaning) for typed in results
+        ]
         return checked[0] if isinstance(result, Typed) else checked
 
     def _without_rule(self, node: fx.Node, tensors: Sequence[Typed], why: str) -> Any:
         """Freeze what an operator without a rule touches; it matters only if something there is free."""
+        expose(self.context, *tensors)
         free = [axis for tensor in tensors for axis in tensor.axes if is_free(axis)]
         if free:
-            message = f"{self.context.operator} freezes its operands: {why}"
-            self.ruleless[node.name] = self.context.reason("no rule", message)
+            inside = f" (inside {self.inside[0]})" if self.inside else ""
+            message = f"{self.context.operator}{inside} freezes its operands: {why}"
+            self.ruleless[self.place] = self.context.reason("no rule", message)
             for axis in free:
                 self.context.unifier.fix(axis, "no rule", message)
         fixed = [Typed(tuple(self.context.fixed_like(shape))) for shape in self.context.shapes]
@@ -225,8 +320,8 @@ class _Inference:
 
     def _fold(self, node: fx.Node) -> torch.Tensor | None:
         """Evaluate a node that depends on neither parameters nor inputs."""
-        if node.name in self.folded:
-            return self.folded[node.name]
+        if self.place in self.folded:
+            return self.folded[self.place]
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor) or value.is_meta:
             return None
@@ -248,14 +343,56 @@ class _Inference:
         return result if isinstance(result, torch.Tensor) and _is_real(result) else None
 
 
-def _facts(node: fx.Node) -> tuple[str, str, list[tuple[int, ...]]]:
-    """Return a node's operator, source line and output shapes, symbolic sizes at their hints."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Step:
+    """What of a graph node stays the same at every sweep; symbolic sizes at their hints."""
+
+    node: fx.Node
+    operator: str
+    source: str
+    shapes: list[tuple[int, ...]]
+    dtypes: list[torch.dtype]
+    data_dependent: bool
+
+
+def _step(node: fx.Node) -> _Step:
     value = node.meta.get("val")
     values = value if isinstance(value, (list, tuple)) else [value]
-    shapes = [
-        tuple(int(_hint(size)) for size in item.shape) for item in values if isinstance(item, torch.Tensor)
-    ]
-    return str(node.target), source_line(node), shapes
+    tensors = [item for item in values if isinstance(item, torch.Tensor)]
+    shapes = [tuple(1 if _is_unknown(size) else int(_hint(size)) for size in item.shape) for item in tensors]
+    met = [*tensors, *(item.meta.get("val") for item in node.all_input_nodes)]
+    unknown = any(
+        _is_unknown(size)
+        for item in met
+        for size in (item.shape if isinstance(item, torch.Tensor) else [item])
+    )
+    return _Step(node, str(node.target), source_line(node), shapes, [item.dtype for item in tensors], unknown)
+
+
+def _is_unknown(size: Any) -> bool:
+    """Return whether a size is known only when the data is."""
+    return isinstance(size, torch.SymInt) and size.node.hint is None
+
+
+def _is_tensor(item: Any) -> bool:
+    return isinstance(item, fx.Node) and isinstance(item.meta.get("val"), torch.Tensor)
+
+
+def _as_mask(node: fx.Node, value: Any) -> Any:
+    kind = node.meta.get("val")
+    if isinstance(value, Typed) and isinstance(kind, torch.Tensor) and not kind.is_floating_point():
+        boolean = kind.dtype is torch.bool
+        return dataclasses.replace(value, boolean=boolean, whole=not boolean and not kind.is_complex())
+    return value
+
+
+def _read_outputs(node: fx.Node) -> frozenset[int] | None:
+    """Return which of a node's several outputs somebody reads; None if that is not to be seen."""
+    if not isinstance(node.meta.get("val"), (list, tuple)) or any(
+        user.target is not getitem for user in node.users
+    ):
+        return None
+    return frozenset(user.args[1] for user in node.users)  # type: ignore[misc]
 
 
 def source_line(node: fx.Node) -> str:

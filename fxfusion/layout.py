@@ -129,12 +129,16 @@ def _scale(part: AxisBlock, actual: int, size: int) -> AxisBlock:
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """A block of one axis before the cases of several axes are matched."""
+    """A block of one axis before the cases of several axes are matched.
+
+    ``chosen`` holds the leaves of the summands that the block lies in; ``required`` one entry per case: the
+    leaves of the summand of the alternative taken, and those of all summands of the case.
+    """
 
     offset: int
     factors: tuple[tuple[Leaf | None, int, int], ...]
     chosen: frozenset[Leaf]
-    required: tuple[frozenset[Leaf], ...]
+    required: tuple[tuple[frozenset[Leaf], frozenset[Leaf]], ...]
 
 
 def _pieces(axis: Axis, stride: int) -> list[_Piece]:
@@ -153,8 +157,9 @@ def _pieces(axis: Axis, stride: int) -> list[_Piece]:
             start += part.size
         return found
     if isinstance(axis, Case):
+        every = frozenset[Leaf]().union(*(atoms_of(key) for key in axis.keys))
         return [
-            dataclasses.replace(piece, required=(*piece.required, atoms_of(key)))
+            dataclasses.replace(piece, required=(*piece.required, (atoms_of(key), every)))
             for key, alternative in zip(axis.keys, axis.alternatives, strict=True)
             for piece in _pieces(alternative, stride)
         ]
@@ -187,7 +192,9 @@ def _consistent(pieces: Sequence[_Piece], complete: bool = False) -> bool:
     """
     chosen = frozenset[Leaf]().union(*(piece.chosen for piece in pieces))
     return all(
-        required & chosen or not (chosen or complete) for piece in pieces for required in piece.required
+        required & chosen or not (every & chosen or complete)
+        for piece in pieces
+        for required, every in piece.required
     )
 
 

@@ -16,6 +16,7 @@ from fxfusion.axes import (
     Case,
     Constant,
     Leaf,
+    Link,
     Product,
     Reason,
     Sum,
@@ -23,12 +24,17 @@ from fxfusion.axes import (
     case,
     children_of,
     concatenation,
+    describe,
     factors_of,
     leaves_of,
+    merge_fixed,
     parts_of,
     product,
     resolve,
 )
+from fxfusion.layout import tensor_blocks
+
+_RELATIONS: dict[type, str] = {Product: "factor", Sum: "part", Case: "alternative"}
 
 
 class _ClashError(Exception):
@@ -42,6 +48,12 @@ class Unifier:
     ----------
     reason : callable ``(kind, message, because) -> Reason``, optional
         Makes the reason recorded when a space is fixed; it knows the graph node being typed.
+
+    Attributes
+    ----------
+    links : list of Link
+        What was unified with, or refined to, what, and where: from it :mod:`fxfusion.explain` finds the
+        way from a fixed axis to the first cause.
 
     Examples
     --------
@@ -58,6 +70,7 @@ class Unifier:
     def __init__(self, reason: Callable[[str, str, Reason | None], Reason] | None = None) -> None:
         self.sweep = 0
         self.changes = 0
+        self.links: list[Link] = []
         self._reason = reason or (lambda kind, message, because: Reason(kind, "", "", "", message, because))
         self._groups = itertools.count()
         self._cases = False
@@ -75,6 +88,7 @@ class Unifier:
             if leaf.fixed is None:
                 reason = reason or self._reason(kind, message, because)
                 leaf.fixed = reason
+                leaf.cause = reason
                 self._changed(leaf)
 
     def _changed(self, leaf: Leaf) -> None:
@@ -90,12 +104,27 @@ class Unifier:
             for descendant in descendants:
                 descendant.fixed = descendant.fixed or leaf.fixed
 
-    def _bind(self, leaf: Leaf, other: Axis) -> Axis:
+    def _link(self, leaf: Leaf, others: Sequence[Leaf], structure: Axis | None = None) -> None:
+        where = self._reason("link", "", None)
+        relation = _RELATIONS.get(type(structure), "same")
+        text = "" if structure is None else _text(structure)
+        self.links += [Link(leaf, other, relation, text, where) for other in others]
+
+    def _bind(self, leaf: Leaf, other: Axis, origins: tuple[Axis, Axis] | None = None) -> Axis:
+        """Replace a leaf by another axis; ``origins`` are the nodes at hand, which led to the two."""
+        first, second = origins or (leaf, other)
+        first = first if isinstance(first, Leaf) else leaf
         if isinstance(other, Leaf):
+            # Two leaves that are fixed already have a way each to a first cause, and need no other.
+            if not (leaf.fixed and other.fixed):
+                self._link(first, [second if isinstance(second, Leaf) else other])
             younger, older = (leaf, other) if leaf.serial > other.serial else (other, leaf)
             if younger.fixed and not older.fixed:
                 self.fix(older, younger.fixed.kind, "it meets an axis that is fixed", younger.fixed)
+                older.cause = None
             older.groups |= younger.groups
+            if older.route is not younger.route:  # which units its own belong to is no longer known
+                older.route = None
             older.independent += younger.independent
             younger.bound = older
             self._changed(younger)
@@ -104,9 +133,10 @@ class Unifier:
             self.collapse(other)
             return resolve(leaf)
         structure = self._materialise(other)
+        descendants = list(dict.fromkeys(leaves_of(structure)))
+        self._link(first, descendants, structure)
         leaf.bound = structure
         self._changed(leaf)
-        descendants = list(atoms_of(structure))
         if isinstance(structure, Product):
             leaf.groups.add(next(self._groups))
         self._inherit(leaf, descendants)
@@ -119,7 +149,7 @@ class Unifier:
         axis = resolve(axis)
         if isinstance(axis, Constant):
             return self.leaf(axis.size)
-        if isinstance(axis, Leaf) or not any(_has_constant(child) for child in children_of(axis)):
+        if isinstance(axis, Leaf) or not any(has_constant(child) for child in children_of(axis)):
             return axis
         children = [self._materialise(child) for child in children_of(axis)]
         if isinstance(axis, Product):
@@ -130,24 +160,26 @@ class Unifier:
 
     def unify(self, left: Axis, right: Axis) -> Axis:
         """Make two axes enumerate the same units; return the type of a tensor that varies along either."""
+        origins = left, right
         left, right = resolve(left), resolve(right)
         if left is right or isinstance(right, Constant):
             return left
         if isinstance(left, Constant):
             return right
         try:
-            return self._unify(left, right)
+            return self._unify(*origins)
         except _ClashError:
             return self.clash([left, right])
 
-    def clash(self, axes: Sequence[Axis]) -> Axis:
+    def clash(self, axes: Sequence[Axis], message: str = "") -> Axis:
         """Fix axes whose structures do not agree."""
-        sizes = " and ".join(str(axis.size) for axis in axes)
+        message = message or f"{' and '.join(map(_text, axes))} have no common refinement"
         for axis in axes:
-            self.fix(axis, "clash", f"axes of {sizes} units have structures without a common refinement")
-        return self.leaf(axes[0].size, self._reason("clash", "structures do not agree", None))
+            self.fix(axis, "clash", message)
+        return self.leaf(axes[0].size, self._reason("clash", message, None))
 
     def _unify(self, left: Axis, right: Axis) -> Axis:
+        origins = left, right
         left, right = resolve(left), resolve(right)
         if left is right or isinstance(right, Constant):
             return left
@@ -156,9 +188,9 @@ class Unifier:
         if left.size != right.size:
             raise _ClashError
         if isinstance(left, Leaf):
-            return self._bind(left, right)
+            return self._bind(left, right, origins)
         if isinstance(right, Leaf):
-            return self._bind(right, left)
+            return self._bind(right, left, origins[::-1])
         if isinstance(left, Case):
             return self._unify_case(left, right)
         if isinstance(right, Case):
@@ -178,6 +210,7 @@ class Unifier:
         """Walk both factor lists outermost first, splitting the larger factor at the smaller."""
         first, second, joined = factors_of(left), factors_of(right), []
         while first and second:
+            _align(first, second)
             a, b = first.pop(0), second.pop(0)
             if a.size > b.size:
                 a, rest = self.split(a, b.size)
@@ -216,6 +249,8 @@ class Unifier:
             return axis, Constant(1)
         if isinstance(axis, Constant):
             return Constant(outer), Constant(inner)
+        if isinstance(axis, Leaf) and axis.fixed and axis.route:  # elsewhere it stays one axis
+            return self.leaf(outer, axis.fixed), self.leaf(inner, axis.fixed)
         if isinstance(axis, Leaf):
             factors = (self.leaf(outer), self.leaf(inner))
             self._bind(axis, Product(factors))
@@ -230,10 +265,10 @@ class Unifier:
     def _split_factors(self, factors: list[Axis], outer: int) -> tuple[Axis, Axis]:
         taken: list[Axis] = []
         while outer > 1:
+            while math.gcd(factors[0].size, outer) not in {factors[0].size, outer}:
+                _merge_heads(factors)
             factor = factors.pop(0)
             share = math.gcd(factor.size, outer)
-            if share == 1 or (share < factor.size and share < outer):
-                raise _ClashError
             if share < factor.size:
                 factor, rest = self.split(factor, share)
                 factors[:0] = factors_of(rest)
@@ -260,15 +295,19 @@ class Unifier:
         try:
             return self._cut(axis, position)
         except _ClashError:
-            fixed = self.clash([axis])
+            fixed = self.clash([axis], f"a cut at {position} does not respect the structure {_text(axis)}")
             assert isinstance(fixed, Leaf)
             return self.leaf(position, fixed.fixed), self.leaf(axis.size - position, fixed.fixed)
 
     def _cut(self, axis: Axis, position: int) -> tuple[Axis, Axis]:
         axis = resolve(axis)
         rest = axis.size - position
+        if not position or not rest:  # a group without tokens: there is nothing to refine
+            return (axis, Constant(0)) if position else (Constant(0), axis)
         if isinstance(axis, Constant):
             return Constant(position), Constant(rest)
+        if isinstance(axis, Leaf) and axis.fixed and axis.route:  # elsewhere it stays one axis
+            return self.leaf(position, axis.fixed), self.leaf(rest, axis.fixed)
         if isinstance(axis, Leaf):
             pair = (self.leaf(position), self.leaf(rest))
             self._bind(axis, Sum(pair))
@@ -383,9 +422,15 @@ class Unifier:
         alternatives = [self.leaf(leaf.size) for _ in keys]
         self._inherit(leaf, alternatives)
         leaf.bound = Case(keys, alternatives)
+        self._link(leaf, alternatives, leaf.bound)
         self._cases = True
         self._changed(leaf)
         return leaf.bound
+
+    def keyed(self, keys: Sequence[Axis], alternatives: Sequence[Axis]) -> Axis:
+        """Return the type of an axis that is another one in each of some summands."""
+        self._cases = True
+        return case(keys, alternatives)
 
     def collapse(self, axis: Axis) -> None:
         """Unify the alternatives of every case below an axis and remember that they do not differ."""
@@ -398,9 +443,11 @@ class Unifier:
             joined = self.unify(joined, alternative)
         for leaf in atoms_of(joined):
             leaf.independent += found.keys
+        if resolve(found) is found:  # alternatives of equal structure are equal, not identical
+            found.bound = joined
 
     def seal(self, axes: Sequence[Axis]) -> None:
-        """Collapse every case in a tensor's axes whose summands the tensor does not hold."""
+        """Collapse every case in a tensor's axes of which the tensor does not say the summand."""
         if not self._cases:
             return
         found = [item for axis in axes for item in _cases_of(axis)]
@@ -410,6 +457,9 @@ class Unifier:
         for item in found:
             if not all(atoms_of(key) <= present for key in item.keys):
                 self._collapse(item)
+        if not _tiles(axes):  # beside some summands a case says nothing, or beside two of them
+            for axis in axes:
+                self.collapse(axis)
 
     # -- views ----------------------------------------------------------------------------------
 
@@ -425,22 +475,56 @@ class Unifier:
             if pending:
                 raise _ClashError
         except (_ClashError, IndexError):
+            structures = ", ".join(map(_text, axes))
+            message = f"a view of [{structures}] as {list(sizes)} does not respect the structure"
             for axis in axes:
-                self.fix(axis, "clash", f"a view as {list(sizes)} does not respect the axis' structure")
-            reason = self._reason("clash", f"a view as {list(sizes)} does not respect the structure", None)
+                self.fix(axis, "clash", message)
+            reason = self._reason("clash", message, None)
             return [Constant(1) if size == 1 else self.leaf(size, reason) for size in sizes]
         return regrouped
 
 
-def _has_constant(axis: Axis) -> bool:
+def _align(first: list[Axis], second: list[Axis]) -> None:
+    """Merge fixed leaves at the heads of two factor lists until one size divides the other."""
+    while first[0].size % second[0].size and second[0].size % first[0].size:
+        _merge_heads(first if _mergeable(first) else second)
+
+
+def _mergeable(factors: Sequence[Axis]) -> bool:
+    return len(factors) > 1 and merge_fixed(factors[0], factors[1]) is not None
+
+
+def _merge_heads(factors: list[Axis]) -> None:
+    """Replace the first two factors, both fixed, by one that may be split elsewhere."""
+    merged = merge_fixed(factors[0], factors[1]) if len(factors) > 1 else None
+    if merged is None:
+        raise _ClashError
+    factors[:2] = [merged]
+
+
+def _text(axis: Axis) -> str:
+    """Write the structure alone, whatever is fixed in it."""
+    return describe(axis).replace("!", "")
+
+
+def has_constant(axis: Axis) -> bool:
+    """Return whether a tensor repeats along an axis, wholly or within some of its factors or parts."""
     axis = resolve(axis)
-    return isinstance(axis, Constant) or any(_has_constant(child) for child in children_of(axis))
+    return isinstance(axis, Constant) or any(has_constant(child) for child in children_of(axis))
 
 
 def _cases_of(axis: Axis) -> list[Case]:
     axis = resolve(axis)
     found = [item for child in children_of(axis) for item in _cases_of(child)]
     return [*found, axis] if isinstance(axis, Case) else found
+
+
+def _tiles(axes: Sequence[Axis]) -> bool:
+    """Return whether every element of a tensor lies in one block: whether every case is decided."""
+    volume = sum(
+        math.prod(size for piece in pieces for _, size, _ in piece.factors) for pieces in tensor_blocks(axes)
+    )
+    return volume == math.prod(axis.size for axis in axes)
 
 
 def _summands_of(axis: Axis) -> frozenset[Leaf]:

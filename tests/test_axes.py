@@ -20,6 +20,7 @@ from fxfusion.axes import (
     factors_of,
     is_free,
     leaves_of,
+    merge_fixed,
     parts_of,
     product,
     resolve,
@@ -47,13 +48,18 @@ def test_product_is_flat_and_has_no_factors_of_one() -> None:
     assert isinstance(product([Leaf(1)]), Constant)
 
 
-def test_adjacent_factors_without_identity_merge() -> None:
+def test_adjacent_constants_merge_and_spaces_keep_their_identity() -> None:
     assert describe(product([Constant(2), Constant(3), Leaf(4)])) == "=6*4"
-    assert describe(product([Leaf(4), fixed(2), fixed(3)])) == "4*6!"
+    assert describe(product([Leaf(4), fixed(2), fixed(3)])) == "4*2!*3!"
     assert describe(product([fixed(2), Leaf(4), fixed(3)])) == "2!*4*3!"
-    merged = product([fixed(2), fixed(3)])
+
+
+def test_two_fixed_spaces_merge_where_a_view_needs_it() -> None:
+    merged = merge_fixed(fixed(2), fixed(3))
     assert isinstance(merged, Leaf)
-    assert merged.fixed is WHY
+    assert (merged.size, merged.fixed) == (6, WHY)
+    assert merge_fixed(fixed(2), Leaf(3)) is None
+    assert merge_fixed(Leaf(2), fixed(3)) is None
 
 
 def test_concatenation_is_flat_and_has_no_empty_parts() -> None:

@@ -11,6 +11,11 @@ reduce         symmetric reductions and softmax: blind to the order along an axi
 norm           layer, group, batch, instance and RMS normalisation
 attention      scaled dot-product attention
 index          embedding, gather, index; what gives positions a meaning
+patch          tensors of which a part is replaced, and diagonals
+windows        windows, samples and resampling of images
+fourier        Fourier transforms, complex numbers
+recurrent      LSTM, GRU and plain recurrences, layer by layer or step by step
+experts        top-k, sorting, counting, scattering and grouped products: mixtures of experts
 create         new tensors that read only another one's metadata
 =============  ========================================================================
 """
@@ -20,11 +25,16 @@ from fxfusion.rules import (  # noqa: F401
     contract,
     conv,
     create,
+    experts,
+    fourier,
     index,
     norm,
+    patch,
     pointwise,
+    recurrent,
     reduce,
     view,
+    windows,
 )
 from fxfusion.rules.context import Context, Typed
 from fxfusion.rules.registry import RULES, find_rule, operator_name, rule

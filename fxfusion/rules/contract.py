@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from fxfusion.axes import Axis
 from fxfusion.rules.context import Context, Typed
 from fxfusion.rules.registry import rule
 
@@ -65,14 +66,41 @@ def inner(context: Context, left: Typed, right: Typed) -> Typed:
 
 @rule("einsum")
 def einsum(context: Context, equation: str, operands: Sequence[Typed], **_: Any) -> Typed:
-    """``torch.einsum``; a diagonal (a label twice in one operand) is not supported."""
-    inputs, arrow, result = equation.replace(" ", "").partition("->")
+    """``torch.einsum``; a label twice in one operand is a diagonal, an ellipsis may stand anywhere."""
+    inputs, arrow, result = equation.replace(" ", "").replace("...", "*").partition("->")
     if not arrow:  # implicit: labels that occur once, in alphabetical order
-        letters = inputs.replace(",", "").replace(".", "")
-        result = "..." * ("..." in inputs) + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
-    terms = [*inputs.split(","), result]
-    spaced = [" ".join(term.replace("...", "*")).replace("*", "...") for term in terms]
-    return context.einsum(f"{', '.join(spaced[:-1])} -> {spaced[-1]}", *operands)
+        letters = inputs.replace(",", "").replace("*", "")
+        result = "*" * ("*" in inputs) + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+    terms, tensors = [], []
+    for term, operand in zip(inputs.split(","), operands, strict=True):
+        tensors.append(_einsum_operand(context, term, operand))
+        terms.append("*" * ("*" in term) + "".join(dict.fromkeys(term.replace("*", ""))))
+    terms.append("*" * ("*" in result) + result.replace("*", ""))
+    spaced = [" ".join(term).replace("*", "...") for term in terms]
+    typed = context.einsum(f"{', '.join(spaced[:-1])} -> {spaced[-1]}", *tensors)
+    before, extra = max(result.find("*"), 0), typed.rank - len(result.replace("*", ""))
+    return Typed((*typed.axes[extra : extra + before], *typed.axes[:extra], *typed.axes[extra + before :]))
+
+
+def _einsum_operand(context: Context, term: str, operand: Typed) -> Typed:
+    """Return an operand with the axes of its ellipsis first, and one axis per label."""
+    before, _, after = term.partition("*")
+    extra = operand.rank - len(before) - len(after)
+    ellipsis = operand.axes[len(before) : len(before) + extra]
+    named: dict[str, Axis] = {}
+    for label, axis in zip(
+        before + after, (*operand.axes[: len(before)], *operand.axes[len(before) + extra :]), strict=True
+    ):
+        named[label] = context.unify(named[label], axis) if label in named else axis
+    if not before * bool(extra) and len(named) == len(before + after):
+        return operand
+    return Typed((*ellipsis, *named.values()), origins=operand.origins, value=operand.value)
+
+
+@rule("cdist", "_cdist_forward", "_euclidean_dist")
+def distances(context: Context, left: Typed, right: Typed, *_: Any, **__: Any) -> Typed:
+    """Distances between the rows of two matrices: any norm is blind to the order of coordinates."""
+    return context.einsum("... i k, ... j k -> ... i j", left, right)
 
 
 @rule("outer")
@@ -91,6 +119,12 @@ def addmm(context: Context, bias: Typed, left: Typed, right: Typed, **_: Any) ->
 def baddbmm(context: Context, bias: Typed, left: Typed, right: Typed, **_: Any) -> Typed:
     """``bias + left @ right`` of batches."""
     return context.broadcast(context.einsum("b i k, b k j -> b i j", left, right), bias)
+
+
+@rule("addbmm")
+def addbmm(context: Context, bias: Typed, left: Typed, right: Typed, **_: Any) -> Typed:
+    """``bias + left @ right`` summed over the batch."""
+    return context.broadcast(context.einsum("b i k, b k j -> i j", left, right), bias)
 
 
 @rule("bilinear")

@@ -92,7 +92,7 @@ def group_norm(
     channels = _channelwise(context, x, weight, bias)
     group, inner = context.regroup([channels], [groups, channels.size // groups])
     context.mix([x.axes[0], group], [inner, *x.axes[2:]])
-    return _with_channels(x, channels)
+    return _with_channels(x, context.flatten([group, inner]))
 
 
 @rule("instance_norm")

@@ -14,14 +14,21 @@ UNARY = (
     "gelu hardshrink hardsigmoid hardswish hardtanh isfinite isinf isnan leaky_relu lgamma lift_fresh_copy "
     "log log10 log1p log2 log_sigmoid logical_not mish nan_to_num neg positive reciprocal "
     "relu relu6 round rsqrt selu sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink sqrt "
-    "square tan tanh threshold trunc alias to _to_copy type_as"
+    "square tan tanh threshold trunc alias to _to_copy type_as "
+    "angle conj_physical _conj _conj_physical resolve_conj resolve_neg _neg_view i0 logit mvlgamma "
+    "special_erfcx special_i0e special_i1 special_i1e special_ndtri special_log_ndtr special_entr "
+    "special_bessel_j0 special_bessel_j1 special_bessel_y0 special_bessel_y1 special_airy_ai "
+    "special_modified_bessel_i0 special_modified_bessel_i1 special_modified_bessel_k0 "
+    "special_modified_bessel_k1 special_scaled_modified_bessel_k0 special_scaled_modified_bessel_k1 "
+    "special_spherical_bessel_j0"
 )
 BINARY = (
     "__and__ __or__ __xor__ __lshift__ __rshift__ add addcdiv addcmul atan2 bitwise_and bitwise_or "
     "bitwise_xor bitwise_left_shift bitwise_right_shift clamp clamp_max clamp_min copysign "
-    "div eq floor_divide fmax "
-    "fmin fmod ge gt hypot ldexp le lerp logaddexp logaddexp2 logical_and logical_or logical_xor lt "
-    "masked_fill maximum minimum mul ne pow remainder rsub sub true_divide where xlogy"
+    "eq fmax "
+    "fmin ge gt hypot ldexp le lerp logaddexp logaddexp2 logical_and logical_or logical_xor lt "
+    "masked_fill maximum minimum mul ne pow rsub sub true_divide where xlogy "
+    "complex polar heaviside igamma igammac polygamma special_xlog1py special_zeta gcd lcm"
 )
 
 
@@ -48,9 +55,9 @@ def copy(context: Context, x: Typed, source: Typed, *_: Any, **__: Any) -> Typed
     return Typed(tuple(axes))
 
 
-@rule("native_dropout")
+@rule("native_dropout", "frexp")
 def native_dropout(context: Context, x: Typed, *_: Any, **__: Any) -> list[Typed]:
-    """Dropout that also returns its mask."""
+    """Dropout that also returns its mask; mantissa and exponent."""
     return [Typed(x.axes), Typed(x.axes)]
 
 

@@ -18,7 +18,7 @@ def reduced_axes(x: Typed, dim: Any) -> list[int]:
     return [axis % x.rank for axis in dims] if x.rank else []
 
 
-def _reduce(context: Context, x: Typed, dim: Any, keepdim: bool) -> Typed:
+def reduce_axes(context: Context, x: Typed, dim: Any, keepdim: bool) -> Typed:
     dims = reduced_axes(x, dim)
     kept = [axis for index, axis in enumerate(x.axes) if index not in dims]
     context.mix(kept, [x.axes[index] for index in dims])
@@ -27,17 +27,17 @@ def _reduce(context: Context, x: Typed, dim: Any, keepdim: bool) -> Typed:
     return Typed(tuple(Constant(1) if index in dims else axis for index, axis in enumerate(x.axes)))
 
 
-@rule("mean", "sum", "amax", "amin", "prod", "logsumexp", "all", "any", "nansum")
+@rule("mean", "sum", "amax", "amin", "prod", "logsumexp", "all", "any", "nansum", "count_nonzero")
 def reduction(context: Context, x: Typed, dim: Any = None, keepdim: bool = False, **_: Any) -> Typed:
     """Reduce axes by a function that does not see their order."""
-    return _reduce(context, x, dim, keepdim)
+    return reduce_axes(context, x, dim, keepdim)
 
 
 @rule("var", "std")
 def variance(context: Context, x: Typed, dim: Any = None, *args: Any, **kwargs: Any) -> Typed:
     """Variance over axes; the output's rank says whether they are kept."""
     dims = None if isinstance(dim, bool) else dim
-    return _reduce(context, x, dims, len(context.shapes[0]) == x.rank)
+    return reduce_axes(context, x, dims, len(context.shapes[0]) == x.rank)
 
 
 @rule("var_mean", "std_mean")
@@ -54,26 +54,19 @@ def vector_norm(
     context: Context, x: Typed, order: Any = 2, dim: Any = None, keepdim: bool = False, **_: Any
 ) -> Typed:
     """Vector norm over axes."""
-    return _reduce(context, x, dim, keepdim)
+    return reduce_axes(context, x, dim, keepdim)
 
 
-@rule("max", "min")
-def extremum(context: Context, x: Typed, dim: Any = None, keepdim: bool = False) -> Typed | Sequence[Typed]:
-    """The largest value: of two tensors element by element, of all, or along an axis with its position."""
-    if isinstance(dim, Typed):
-        return context.broadcast(x, dim)
-    if dim is None:
-        return _reduce(context, x, None, False)
-    values = _reduce(context, x, dim, keepdim)
-    context.fix(x.axes[dim], message="the position of an extremum along it is an output")
+@rule("kthvalue", "median", "nanmedian", "mode")
+def order_statistic(context: Context, x: Typed, *args: Any, **named: Any) -> Typed | Sequence[Typed]:
+    """The value of a rank along an axis, and where it is; or, of one argument, of all elements."""
+    if len(context.shapes) == 1:
+        return reduce_axes(context, x, None, False)
+    place = 1 if ".kthvalue" in context.operator else 0
+    dim = named.get("dim", args[place] if len(args) > place else -1)
+    values = reduce_axes(context, x, dim, len(context.shapes[0]) == x.rank)
+    context.fix(*x.axes[dim:][:1], message="a position along it is an output")
     return [values, values]
-
-
-@rule("argmax", "argmin")
-def position(context: Context, x: Typed, dim: Any = None, keepdim: bool = False) -> Typed:
-    """The position of an extremum: positions along the axis have a meaning."""
-    context.fix(*(x.axes[axis] for axis in reduced_axes(x, dim)), message="a position along it is an output")
-    return _reduce(context, x, dim, keepdim)
 
 
 @rule("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax")
@@ -84,13 +77,10 @@ def softmax(context: Context, x: Typed, dim: int, *_: Any, **__: Any) -> Typed:
     return Typed(x.axes)
 
 
-@rule("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "sort", "argsort", "topk")
-def ordered(context: Context, x: Typed, *args: Any, **kwargs: Any) -> Typed | Sequence[Typed]:
-    """Scan, sort or select along an axis: its order matters or is made visible."""
-    operator = context.operator
-    place = 1 if ".topk" in operator else 0
-    dim = kwargs.get("dim", args[place] if len(args) > place else (0 if "cum" in operator else -1))
-    axis = dim % x.rank if isinstance(dim, int) else x.rank - 1
+@rule("cumprod", "logcumsumexp", "cummax", "cummin")
+def scan(context: Context, x: Typed, dim: int, *_: Any, **__: Any) -> Typed | Sequence[Typed]:
+    """Scan along an axis: its order matters."""
+    axis = dim % x.rank if x.rank else 0
     context.fix(x.axes[axis], message="the order along it matters")
     outputs = [
         Typed((*x.axes[:axis], context.fixed(shape[axis]), *x.axes[axis + 1 :])) for shape in context.shapes

@@ -123,7 +123,8 @@ def select(context: Context, x: Typed, dim: int, index: int) -> Typed:
 @rule("narrow")
 def narrow(context: Context, x: Typed, dim: int, start: int, length: int) -> Typed:
     """``x[start : start + length]`` along an axis."""
-    return Typed(tuple(context.narrow(x, dim % x.rank, start % x.shape[dim], start + length)))
+    first = start + x.shape[dim] if start < 0 else start
+    return Typed(tuple(context.narrow(x, dim % x.rank, first, first + length)))
 
 
 @rule("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk")

@@ -516,6 +516,42 @@ def _index() -> dict[str, list[Example]]:
     }  # fmt: skip
 
 
+EXPERTS = torch.tensor([2, 0, 1, 2, 1, 2])  # of six tokens
+ENDS = torch.tensor([1, 3, 6], dtype=torch.int32)  # of the groups of tokens, sorted by expert
+
+
+def _experts() -> dict[str, list[Example]]:
+    import transformers.integrations.moe  # noqa: F401 - registers transformers::grouped_mm_fallback
+
+    grouped = torch.ops.transformers.grouped_mm_fallback.default
+    rows = EXPERTS[:3, None].expand(3, 4)
+    return {
+        "one_hot": [call(aten.one_hot.default, EXPERTS, 3)],
+        "histc": [call(aten.histc.default, real(3, 5), 4, -2, 2)],
+        "bincount": [call(aten.bincount.default, EXPERTS), call(aten.bincount.default, EXPERTS, real(6), 3)],
+        "transformers::grouped_mm_fallback": [call(grouped, real(6, 4), real(3, 4, 5), ENDS)],
+        "index_add": [
+            call(aten.index_add.default, real(3, 5), 0, EXPERTS, real(6, 5)),
+            call(aten.index_add.default, real(4, 3), 1, EXPERTS, real(4, 6), alpha=2.0),
+        ],
+        "index_copy": [call(aten.index_copy.default, real(4, 5), 0, torch.tensor([2, 0]), real(2, 5))],
+        "index_reduce": [call(aten.index_reduce.default, real(3, 5), 0, EXPERTS, real(6, 5), "amax")],
+        "scatter": [
+            call(aten.scatter.src, real(3, 4), 0, rows, real(3, 4)),
+            call(aten.scatter.value, real(3, 4), 0, rows, 2.0),
+            call(aten.scatter.value, real(3, 4), 0, rows[:, :2], 2.0),
+        ],
+        "scatter_add": [call(aten.scatter_add.default, real(3, 4), 0, rows, real(3, 4))],
+        "scatter_reduce": [call(aten.scatter_reduce.two, real(3, 4), 0, rows, real(3, 4), "amax")],
+        "index_put": [
+            call(aten.index_put.default, real(3, 5), [EXPERTS], real(6, 5)),
+            call(aten.index_put.default, real(5, 3), [None, EXPERTS], real(6), True),
+            call(aten.index_put.default, real(3, 5), [EXPERTS, PICKED.repeat(2)[:6]], real(6)),
+            call(aten.index_put.default, real(3), [torch.tensor([2, 0, 1])], torch.arange(3.0)),
+        ],
+    }
+
+
 def _create() -> dict[str, list[Example]]:
     return {
         "zeros_like": [call(aten.zeros_like.default, real(3, 5))],
@@ -531,7 +567,273 @@ def _create() -> dict[str, list[Example]]:
     }
 
 
+def _recurrent() -> dict[str, list[Example]]:
+    def layer(gates: int, inputs: int, h: int, out: int = 0, biased: bool = True) -> list[Any]:
+        found = [real(gates * h, inputs), real(gates * h, out or h)]
+        return found + [real(gates * h), real(gates * h)] * biased + [real(out, h)] * bool(out)
+
+    plain = (1, 0.0, False, False, False)  # layers, dropout, train, bidirectional, batch_first
+    x, sizes = real(4, 2, 7), torch.tensor([3, 2, 1])
+    state, cell = real(1, 2, 3), real(1, 2, 3)
+    return {
+        "lstm": [
+            call(aten.lstm.input, x, [state, cell], layer(4, 7, 3, 0, False), False, *plain),
+            call(aten.lstm.input, real(4, 1, 3), [real(1, 1, 2), real(1, 1, 5)], layer(4, 3, 5, 2, False),
+                 False, *plain),
+            call(aten.lstm.data, real(6, 4), sizes, [real(1, 3, 5), real(1, 3, 5)], layer(4, 4, 5, 0, False),
+                 False, *plain[:-1]),
+        ],
+        "gru": [
+            call(aten.gru.input, x, state, layer(3, 7, 3, 0, False), False, *plain),
+            call(aten.gru.input, x.transpose(0, 1), state, layer(3, 7, 3), True, *plain[:-1], True),
+            call(aten.gru.data, real(6, 4), sizes, real(1, 3, 5), layer(3, 4, 5, 0, False), False,
+                 *plain[:-1]),
+        ],
+        "rnn_tanh": [
+            call(aten.rnn_tanh.input, x, real(2, 2, 3), layer(1, 7, 3, 0, False) + layer(1, 3, 3, 0, False),
+                 False, 2, *plain[1:]),
+            call(aten.rnn_tanh.input, x, real(2, 2, 3), layer(1, 7, 3, 0, False) + layer(1, 7, 3, 0, False),
+                 False, 1, 0.0, False, True, False),
+        ],
+        "rnn_relu": [call(aten.rnn_relu.input, x, state, layer(1, 7, 3), True, *plain)],
+        "lstm_cell": [
+            call(aten.lstm_cell.default, real(2, 7), [real(2, 5), real(2, 5)], *layer(4, 7, 5, 0, False)),
+        ],
+        "gru_cell": [
+            call(aten.gru_cell.default, real(2, 7), real(2, 5), *layer(3, 7, 5)),
+            call(aten.gru_cell.default, real(4, 7), real(4, 5), *layer(3, 7, 5, 0, False)),
+        ],
+        "rnn_tanh_cell": [call(aten.rnn_tanh_cell.default, real(2, 3), real(2, 5), *layer(1, 3, 5))],
+        "rnn_relu_cell": [call(aten.rnn_relu_cell.default, real(2, 3), real(2, 5), *layer(1, 3, 5))],
+    }  # fmt: skip
+
+
+def _fourier() -> dict[str, list[Example]]:
+    found = {}
+    for name in ("fft", "ifft", "rfft", "ihfft"):
+        found[f"fft_{name}"] = [call(getattr(aten, f"fft_{name}").default, real(3, 5), None, 0)]
+        found[f"fft_{name}2"] = [call(getattr(aten, f"fft_{name}2").default, real(2, 3, 5))]
+        found[f"fft_{name}n"] = [call(getattr(aten, f"fft_{name}n").default, real(2, 3, 5), None, [0, 2])]
+    for name in ("hfft", "irfft"):
+        found[f"fft_{name}"] = [call(getattr(aten, f"fft_{name}").default, imaginary(3, 5))]
+        found[f"fft_{name}2"] = [call(getattr(aten, f"fft_{name}2").default, imaginary(2, 3, 4), [5, 6])]
+        found[f"fft_{name}n"] = [call(getattr(aten, f"fft_{name}n").default, imaginary(2, 3, 4), [5, 6])]
+    found["fft_fftn"].append(call(aten.fft_fftn.default, real(2, 3)))
+    found["_fft_r2c"] = [call(aten._fft_r2c.default, real(3, 5), [1], 0, True)]
+    found["_fft_c2r"] = [call(aten._fft_c2r.default, imaginary(3, 5), [1], 0, 8)]
+    found["_fft_c2c"] = [call(aten._fft_c2c.default, imaginary(3, 5), [0], 0, True)]
+    for name in ("view_as_real", "view_as_real_copy"):
+        found[name] = [call(getattr(aten, name).default, imaginary(3, 5))]
+    for name in ("view_as_complex", "view_as_complex_copy"):
+        found[name] = [call(getattr(aten, name).default, real(3, 5, 2))]
+    return found
+
+
+def imaginary(*shape: int) -> Free:
+    """Return random complex numbers."""
+    return Free(torch.complex(real(*shape), real(*shape)))
+
+
+def _windows() -> dict[str, list[Example]]:
+    image, volume = (2, 4, 5, 6), (2, 3, 4, 5, 6)
+    found = {
+        "unfold": [
+            call(aten.unfold.default, real(3, 5), 0, 2, 1),
+            call(aten.unfold.default, real(3, 6, 5), 1, 2, 2),
+        ],
+        "unfold_copy": [call(aten.unfold_copy.default, real(3, 5), 1, 2, 1)],
+        "im2col": [call(aten.im2col.default, real(*image), [2, 3], [1, 1], [0, 1], [2, 1])],
+        "col2im": [call(aten.col2im.default, real(2, 12, 12), [4, 5], [2, 2], [1, 1], [0, 0], [1, 1])],
+        "grid_sampler": [call(aten.grid_sampler.default, real(*image), real(2, 3, 4, 2), 0, 0, False)],
+        "grid_sampler_2d": [call(aten.grid_sampler_2d.default, real(*image), real(2, 3, 4, 2), 0, 1, True)],
+        "grid_sampler_3d": [
+            call(aten.grid_sampler_3d.default, real(2, 4, 3, 2, 2), real(2, 3, 2, 4, 3), 0, 0, False)
+        ],
+        "upsample_nearest3d": [call(aten.upsample_nearest3d.default, real(1, 2, 2, 3, 2), [3, 5, 4])],
+        "upsample_trilinear3d": [
+            call(aten.upsample_trilinear3d.default, real(1, 2, 2, 3, 2), [3, 5, 4], False)
+        ],
+        "_upsample_nearest_exact1d": [call(aten._upsample_nearest_exact1d.default, real(2, 3, 4), [6])],
+        "_upsample_nearest_exact3d": [
+            call(aten._upsample_nearest_exact3d.default, real(1, 2, 2, 3, 2), [3, 5, 4])
+        ],
+        "adaptive_max_pool1d": [call(aten.adaptive_max_pool1d.default, real(2, 4, 7), [3])],
+        "adaptive_max_pool3d": [call(aten.adaptive_max_pool3d.default, real(*volume), [2, 3, 4])],
+        "max_pool1d_with_indices": [call(aten.max_pool1d_with_indices.default, real(2, 4, 7), [3], [1])],
+        "max_pool3d_with_indices": [
+            call(aten.max_pool3d_with_indices.default, real(*volume), [2, 2, 2], [1, 1, 1])
+        ],
+        "fractional_max_pool2d": [
+            call(aten.fractional_max_pool2d.default, real(*image), [2, 2], [3, 4], positive(2, 4, 2))
+        ],
+        "fractional_max_pool3d": [
+            call(aten.fractional_max_pool3d.default, real(2, 3, 5, 6, 7), [2] * 3, [3] * 3, positive(2, 3, 3))
+        ],
+        "max_unpool2d": [
+            call(aten.max_unpool2d.default, real(2, 3, 2, 2), PLACES.expand(2, 3, 2, 2), [4, 4])
+        ],
+        "max_unpool3d": [
+            call(aten.max_unpool3d.default, real(2, 3, 1, 2, 2), PLACES.expand(2, 3, 1, 2, 2), [1, 4, 4],
+                 [1, 2, 2], [0, 0, 0])
+        ],
+    }  # fmt: skip
+    for spatial in (1, 2, 3):
+        x, padding = real(2, 3, *(3, 4, 5)[:spatial]), [1, 2, 0, 1, 1, 0][: 2 * spatial]
+        for name in (f"reflection_pad{spatial}d", f"replication_pad{spatial}d"):
+            found[name] = [call(getattr(aten, name).default, x, padding)]
+    return found
+
+
+PLACES = torch.tensor([[1, 2], [8, 15]])
+
+
+def _patch() -> dict[str, list[Example]]:
+    rows = torch.tensor([[True, False, True], [False, True, True]])
+    return {
+        "slice_scatter": [
+            call(aten.slice_scatter.default, real(3, 6), real(3, 2), 1, 1, 3),
+            call(aten.slice_scatter.default, real(5, 3), real(2, 3), 0, -2),
+            call(aten.slice_scatter.default, real(3, 6), real(3, 3), 1, 1, 6, 2),
+            call(aten.slice_scatter.default, real(3, 5), real(3, 5), 1),
+        ],
+        "select_scatter": [
+            call(aten.select_scatter.default, real(3, 5), real(3), 1, 2),
+            call(aten.select_scatter.default, real(3, 4, 5), real(4, 5), 0, -1),
+        ],
+        "masked_scatter": [
+            call(aten.masked_scatter.default, real(2, 3, 5), rows[..., None], real(4, 5)),
+            call(aten.masked_scatter.default, real(2, 3), rows, real(4)),
+        ],
+        "diagonal": [
+            call(aten.diagonal.default, real(4, 4, 3)),
+            call(aten.diagonal.default, real(3, 4, 4), 1, 1, 2),
+            call(aten.diagonal.default, real(3, 4, 5), 0, -2, -1),
+        ],
+        "diagonal_copy": [call(aten.diagonal_copy.default, real(3, 4, 4), 0, 2, 1)],
+        "linalg_diagonal": [call(aten.linalg_diagonal.default, real(4, 4, 3), offset=0, dim1=0, dim2=1)],
+        "diag_embed": [
+            call(aten.diag_embed.default, real(3, 5)),
+            call(aten.diag_embed.default, real(3, 4), 1, 0, 2),
+        ],
+    }
+
+
+def _fused_attention() -> dict[str, list[Example]]:
+    packed, out = (real(18, 6), real(18)), (real(6, 6), real(6))
+    q, k, v = real(2, 3, 6), real(2, 3, 6), real(2, 3, 6)
+    mask = torch.tensor([[False, False, True], [False, False, False]])
+    feed_forward = (real(6), real(6), real(6), real(6), real(7, 6), real(7), real(6, 7), real(6))
+    attend = aten._native_multi_head_attention.default
+    return {
+        "_native_multi_head_attention": [
+            call(attend, q, q, q, 6, 2, *packed, *out),
+            call(attend, q, k, v, 6, 3, *packed, *out, None, True, False),
+            call(attend, q, q, q, 6, 2, *packed, *out, mask, False, True, 1),
+        ],
+        "_transformer_encoder_layer_fwd": [
+            call(aten._transformer_encoder_layer_fwd.default, q, 6, 2, *packed, *out, gelu, first, 1e-5,
+                 *feed_forward)
+            for gelu, first in ((True, True), (False, False))
+        ],
+    }  # fmt: skip
+
+
+def _special() -> dict[str, list[Example]]:
+    """Examples of further rules of the families above; behind them, so that those keep their numbers."""
+    found = {}
+    for name in [
+        "angle",
+        "conj_physical",
+        "_conj_physical",
+        "resolve_conj",
+        "resolve_neg",
+        "i0",
+        "special_erfcx",
+        "special_i0e",
+        "special_i1",
+        "special_i1e",
+        "special_log_ndtr",
+        "special_bessel_j0",
+        "special_bessel_j1",
+        "special_modified_bessel_i0",
+        "special_modified_bessel_i1",
+        "special_spherical_bessel_j0",
+        "special_airy_ai",
+    ]:
+        found[name] = [call(getattr(aten, name).default, real(2, 5) * 3)]
+    for name in [
+        "logit",
+        "special_ndtri",
+        "special_entr",
+        "special_bessel_y0",
+        "special_bessel_y1",
+        "special_modified_bessel_k0",
+        "special_modified_bessel_k1",
+        "special_scaled_modified_bessel_k0",
+        "special_scaled_modified_bessel_k1",
+    ]:
+        found[name] = [call(getattr(aten, name).default, positive(2, 5))]
+    found["mvlgamma"] = [call(aten.mvlgamma.default, positive(2, 5) + 2, 2)]
+    found["_conj"] = [call(aten._conj.default, imaginary(2, 5))]
+    found["_neg_view"] = [call(aten._neg_view.default, real(2, 5))]
+    found["frexp"] = [call(aten.frexp.Tensor, real(2, 5))]
+    for name in ("complex", "polar", "heaviside"):
+        found[name] = [call(getattr(aten, name).default, real(3, 5).round(), real(5).expand(3, 5))]
+    for name in ("igamma", "igammac", "special_xlog1py"):
+        found[name] = [call(getattr(aten, name).default, positive(3, 5), positive(5))]
+    found["special_zeta"] = [call(aten.special_zeta.default, positive(3, 5) + 2, positive(5))]
+    found["polygamma"] = [call(aten.polygamma.default, 1, positive(3, 5))]
+    for name in ("gcd", "lcm"):
+        found[name] = [call(getattr(aten, name).default, whole(3, 5), whole(5))]
+    for name in ("kthvalue", "median", "nanmedian", "mode"):
+        operator, rank = getattr(aten, name), [2] if name == "kthvalue" else []
+        overload = operator.default if name in ("kthvalue", "mode") else operator.dim
+        x = (positive(2, 3, 5) * 4).round() if name == "mode" else real(2, 3, 5)
+        found[name] = [call(overload, x, *rank, 1, True), call(overload, x, *rank, -2)]
+        if overload is not operator.default:
+            found[name].append(call(operator.default, real(3, 5)))
+    found["count_nonzero"] = [
+        call(aten.count_nonzero.dim_IntList, real(3, 4, 5).relu(), [1]),
+        call(aten.count_nonzero.default, real(3, 5).relu()),
+    ]
+    return found
+
+
+def _more() -> dict[str, list[Example]]:
+    return {
+        "embedding_bag": [
+            call(aten.embedding_bag.default, real(4, 5), INDICES.flatten(), torch.tensor([0, 2])),
+            call(aten.embedding_bag.default, real(4, 5), INDICES.flatten(), torch.tensor([0, 2]), False, 2),
+        ],
+        "_embedding_bag": [
+            call(aten._embedding_bag.default, real(4, 5), INDICES.flatten(), torch.tensor([0, 2]),
+                 False, 0, False, real(6)),
+        ],
+        "_embedding_bag_forward_only": [
+            call(aten._embedding_bag_forward_only.default, real(4, 5), PICKED, torch.tensor([0, 4])),
+        ],
+        "bucketize": [call(aten.bucketize.Tensor, real(3, 5), torch.tensor([-1.0, 0.0, 0.5]))],
+        "searchsorted": [
+            call(aten.searchsorted.Tensor, torch.tensor([-1.0, 0.0, 0.5]), real(3, 5)),
+            call(aten.searchsorted.Tensor, real(3, 4).sort().values, real(3, 5)),
+        ],
+        **{
+            name: [call(getattr(aten, name).default, real(2, 3, 5), real(2, 4, 5), *rest)]
+            for name, rest in {"cdist": [], "_cdist_forward": [1.0, None]}.items()
+        },
+        "addbmm": [call(aten.addbmm.default, real(4), real(2, 3, 5), real(2, 5, 4), beta=0.5)],
+        "_euclidean_dist": [call(aten._euclidean_dist.default, real(2, 3, 5), real(2, 4, 5))],
+        "fill": [call(aten.fill.Scalar, real(2, 4), 2.0)],
+    }  # fmt: skip
+
+
 EXAMPLES: dict[str, list[Example]] = {
     **_unary(), **_binary(), **_view(), **_contract(), **_conv(), **_reduce(), **_norm(), **_attention(),
-    **_index(), **_create(),
+    **_index(), **_experts(), **_create(), **_recurrent(), **_fourier(), **_windows(), **_patch(),
+    **_fused_attention(), **_special(), **_more(),
 }  # fmt: skip
+EXAMPLES["einsum"] += [
+    call(aten.einsum.default, "iij->ij", [real(3, 3, 4)]),
+    call(aten.einsum.default, "ij,...ii->j...", [real(3, 4), real(2, 5, 3, 3)]),
+    call(aten.einsum.default, "b...d,b...e", [real(2, 3, 4), real(2, 3, 5)]),
+]
