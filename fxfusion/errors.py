@@ -60,6 +60,10 @@ class CalibrationMismatchError(FusionError):
     """The calibration data do not fit the model's inputs."""
 
 
+class UnknownParameterError(FusionError):
+    """A parameter was asked for that the model does not have; close matches are named."""
+
+
 class OutputSelectionError(FusionError):
     """``outputs=`` names an output that the model does not have."""
 

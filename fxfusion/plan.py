@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import networkx as nx
 
+from fxfusion.explain import AxisExplanation, Evidence, Frozen
 from fxfusion.layout import ActivationBlock, ParameterLayout
 
 
@@ -118,7 +119,7 @@ class Plan:
     fixed : tuple of Space
         Fixed spaces below which a free one may differ from unit to unit (experts picked by a router).
     covered : float
-        Fraction of parameter elements with at least one free axis, in [0, 1].
+        Fraction of the parameter elements that the graph reads with at least one free axis, in [0, 1].
     limits : tuple of Limit
         What was fixed and why, except model inputs and outputs.
     graph : networkx.MultiDiGraph
@@ -127,6 +128,8 @@ class Plan:
         How the spaces lie in every parameter and statistics buffer.
     activations : dict of str to list of ActivationBlock
         How the spaces lie in the output of every graph node that holds any.
+    evidence : Evidence
+        What :meth:`explain` and :attr:`frozen` are made of.
     """
 
     spaces: tuple[Space, ...]
@@ -136,6 +139,7 @@ class Plan:
     graph: nx.MultiDiGraph
     layouts: dict[str, ParameterLayout] = dataclasses.field(repr=False)
     activations: dict[str, list[ActivationBlock]] = dataclasses.field(repr=False)
+    evidence: Evidence = dataclasses.field(default_factory=Evidence, repr=False)
 
     def __getitem__(self, name: str) -> Space:
         for space in self.spaces:
@@ -154,3 +158,62 @@ class Plan:
     def wreath(self) -> Sequence[Space]:
         """The spaces that may differ from unit to unit of an outer space."""
         return [space for space in self.spaces if space.scope]
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the parameters and statistics buffers that :meth:`explain` knows, in the model's order."""
+        return tuple(self.evidence.parameters)
+
+    def explain(self, parameter: str, axis: int | None = None) -> tuple[AxisExplanation, ...]:
+        """Say what every axis of a parameter enumerates, and why what is fixed in it is fixed.
+
+        Parameters
+        ----------
+        parameter : str
+            Fully qualified name; of tied parameters, any.
+        axis : int, optional
+            One axis only; by default all.
+
+        Returns
+        -------
+        tuple of AxisExplanation
+            Plain data, an entry per axis. The chain of a fixed part holds the steps from the axis to the
+            first cause, which comes last.
+
+        Raises
+        ------
+        UnknownParameterError
+            If the model has no such parameter.
+        OptionError
+            If the parameter has no such axis.
+
+        Examples
+        --------
+        >>> import torch, fxfusion
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> rows, columns = fxfusion.plan(model, (torch.randn(2, 4),)).explain("0.weight")
+        >>> rows.parts[0].space, columns.structure
+        ('0.weight[0]', '4!')
+        >>> for step in columns.parts[0].chain:
+        ...     print(f"{step.operator}: {step.message}")
+        aten.linear.default: its units are those of an axis of the input input_1
+        placeholder: it is an axis of an input
+        """
+        return self.evidence.explain(parameter, axis)
+
+    @property
+    def frozen(self) -> tuple[Frozen, ...]:
+        """The parameter elements without a free axis, grouped by first cause, most elements first.
+
+        Their numbers of elements add up to what :attr:`covered` leaves out, plus the parameters that the
+        graph never reads (a cause of kind ``"unused"``).
+
+        Examples
+        --------
+        >>> import torch, fxfusion
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> plan = fxfusion.plan(model, (torch.randn(2, 4),))
+        >>> [(item.cause.kind, item.elements, item.parameters) for item in plan.frozen]
+        [('output', 2, ('2.bias',))]
+        """
+        return self.evidence.frozen

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-from fxfusion.axes import Axis, Leaf, Reason, leaves_of, resolve
+from fxfusion.axes import Axis, Leaf, leaves_of
 from fxfusion.capture import Capture
 from fxfusion.dependencies import dependencies
+from fxfusion.evidence import Causes, gather
+from fxfusion.explain import Evidence, Step
 from fxfusion.flow import flow_graph
 from fxfusion.inference import Inferred, infer
 from fxfusion.layout import ActivationBlock, ParameterLayout, activation_blocks, lay_out, tensor_blocks
 from fxfusion.plan import Incidence, Limit, Plan, Role, Space, Symmetry
 from fxfusion.rules.context import Use
 
-_EXPECTED = ("input", "output", "order", "constant")  # kinds of reasons that are no limits of inference
+# Kinds of first causes that are no limits of inference.
+_EXPECTED = ("input", "output", "order", "constant", "unused")
 
 
 def make_plan(capture: Capture, outputs: frozenset[int]) -> Plan:
@@ -54,15 +58,21 @@ def make_plan(capture: Capture, outputs: frozenset[int]) -> Plan:
         name: lay_out(name, capture.parameters[name], axes, lambda leaf: names.get(leaf, ""))
         for name, axes in read.items()
     }
+    names_of = {
+        leaf: (space.name, *space.scope) for leaf, space in zip(names, spaces, strict=True) if leaf in free
+    }
     movable = tuple(space for space in spaces if space.symmetry is not Symmetry.FIXED)
+    causes = Causes(capture, inferred)
+    evidence = gather(capture, inferred, causes, names_of)
     return Plan(
         spaces=movable,
         fixed=tuple(space for space in spaces if space.symmetry is Symmetry.FIXED),
-        covered=_covered(capture, layouts, {space.name for space in movable}),
-        limits=(*_limits(inferred), *_unused(capture)),
+        covered=_covered(layouts, {space.name for space in movable}),
+        limits=(*_limits(evidence, [causes.step(reason) for reason in inferred.ruleless]), *_unused(capture)),
         graph=flow_graph(capture, inferred, movable, layouts, {leaf: names[leaf] for leaf in free}),
         layouts=layouts,
         activations=_activations(inferred, names),
+        evidence=evidence,
     )
 
 
@@ -89,10 +99,12 @@ def _incidences(
 
 
 def _activations(inferred: Inferred, names: dict[Leaf, str]) -> dict[str, list[ActivationBlock]]:
+    # Tokens sorted by their experts, or sent to them, are not the same in two networks: they are no samples.
     found = {
         node: activation_blocks(axes, lambda leaf: names.get(leaf, ""))
         for node, axes in inferred.tensors.items()
         if any(leaf in names for axis in axes for leaf in leaves_of(axis))
+        and not any(leaf.route for axis in axes for leaf in leaves_of(axis))
     }
     return {node: blocks for node, blocks in found.items() if blocks}
 
@@ -119,8 +131,8 @@ def _places(use: Use, read: dict[str, tuple[Axis, ...]]) -> list[tuple[str, int]
     ]
 
 
-def _covered(capture: Capture, layouts: dict[str, ParameterLayout], free: set[str]) -> float:
-    total = sum(math.prod(shape) for shape in capture.parameters.values())
+def _covered(layouts: dict[str, ParameterLayout], free: set[str]) -> float:
+    total = sum(math.prod(layout.shape) for layout in layouts.values())
     covered = sum(
         block.volume
         for layout in layouts.values()
@@ -138,20 +150,15 @@ def _unused(capture: Capture) -> list[Limit]:
     ]
 
 
-def _limits(inferred: Inferred) -> list[Limit]:
-    """Return the reasons that are no consequence of the model's meaning, each with what it fixed."""
-    touched: dict[Reason, list[str]] = {reason: [] for reason in inferred.ruleless}
-    for name, axes in inferred.parameters.items():
-        for axis in axes:
-            for leaf in leaves_of(resolve(axis)):
-                if leaf.fixed is None:
-                    continue
-                cause = list(leaf.fixed.chain())[-1]
-                if cause.kind not in _EXPECTED:
-                    known = touched.setdefault(cause, [])
-                    if name not in known:
-                        known.append(name)
+def _limits(evidence: Evidence, ruleless: Sequence[Step]) -> list[Limit]:
+    """Return the first causes that are no consequence of the model's meaning, each with what it fixed."""
+    touched: dict[Step, list[str]] = {step: [] for step in ruleless}
+    for name in evidence.parameters:
+        parts = [part for axis in evidence.explain(name) for part in axis.parts if not part.free]
+        for cause in dict.fromkeys(part.chain[-1] for part in parts):
+            if cause.kind not in _EXPECTED:
+                touched.setdefault(cause, []).append(name)
     return [
-        Limit(reason.node, reason.operator, reason.message, reason.source, tuple(parameters))
-        for reason, parameters in touched.items()
+        Limit(step.node, step.operator, step.message, step.source, tuple(parameters))
+        for step, parameters in touched.items()
     ]
