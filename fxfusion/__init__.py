@@ -6,6 +6,7 @@
 :func:`scramble`              a random symmetric twin: other weights, the same function
 :func:`fuse`                  align two or more parents and average them
 :func:`prepare`               capture a model, to run :mod:`fxfusion.passes` on it oneself
+:func:`specialise`            trace a model whose control flow depends on data, as the example takes it
 ============================  ===========================================================
 """
 
@@ -14,6 +15,7 @@ from fxfusion.errors import FusionError
 from fxfusion.pipeline import FusionResult, certify, fuse, plan, prepare, scramble
 from fxfusion.plan import Incidence, Limit, Plan, Role, Space, Symmetry
 from fxfusion.report import FusionReport
+from fxfusion.specialise import specialise
 
 __version__ = "0.1.0"
 
@@ -33,4 +35,5 @@ __all__ = [
     "plan",
     "prepare",
     "scramble",
+    "specialise",
 ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -21,8 +22,15 @@ from torch.export import Dim, ExportedProgram
 from torch.export.dynamic_shapes import ShapesCollection
 
 from fxfusion.errors import CaptureError, InputError, OutputSelectionError
+from fxfusion.specialise import Specialised
 
 Model = torch.nn.Module | ExportedProgram
+
+# Outputs that show a network's inside: keeping them would fix the spaces they expose.
+_INTERNAL = re.compile(
+    r"hidden_state|attention|past_key_values|pooler_output|_model_output|cache|^encoder_|^extract_features"
+    r"|^router_|^intermediate_|^rnn_state|^state$|^feature_maps|_loss$"
+)
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -76,7 +84,8 @@ class Capture:
         Parameters
         ----------
         outputs : sequence of str or None
-            Names; None means ``logits`` where there is such an output, else all.
+            Names; None means all but hidden states, attentions and caches, or all where there is nothing
+            else.
 
         Raises
         ------
@@ -84,7 +93,8 @@ class Capture:
             If the model has no output of a given name.
         """
         if outputs is None:
-            outputs = ["logits"] if "logits" in self.outputs else sorted(set(self.outputs))
+            named = sorted(set(self.outputs))
+            outputs = [name for name in named if not _INTERNAL.search(name)] or named
         unknown = set(outputs) - set(self.outputs)
         if unknown or not outputs:
             raise OutputSelectionError(
@@ -154,10 +164,27 @@ def _export(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             model, args, kwargs = _fake(model, args, kwargs)
         for shapes in _dynamic_shapes(model, args, kwargs):
             try:
-                return torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes)
+                program = torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes)
             except Exception as error:  # torch.export raises whatever the model raises
                 failures.append(error)
+                continue
+            unknown = _size_from_data(program)
+            if unknown is None:
+                return program
+            # With fewer symbolic sizes it may be a number (DeBERTa reads one from a tensor of a size).
+            failures.append(ValueError(f"a size depends on data at node {unknown}"))
     raise CaptureError(_explain(type(model).__name__, failures[-1])) from failures[-1]
+
+
+def _size_from_data(program: ExportedProgram) -> str | None:
+    """Return the first node with a size that only running the model tells, or None."""
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and any(
+            isinstance(size, torch.SymInt) and size.node.hint is None for size in value.shape
+        ):
+            return str(node.name)
+    return None
 
 
 def _explain(name: str, error: Exception) -> str:
@@ -172,8 +199,8 @@ def _explain(name: str, error: Exception) -> str:
         trace = trace.tb_next
     return (
         f"torch.export refused {name}{where}: {type(error).__name__}: {reason.strip()}. "
-        "Check the example inputs; if the model's control flow depends on data, export it yourself and "
-        "pass the ExportedProgram or a GraphModule."
+        "Check the example inputs; if the model's control flow depends on data, trace it on inputs that take "
+        "the branches you need: fxfusion.specialise(model, args, kwargs)."
     )
 
 
@@ -227,6 +254,9 @@ def _double_single_sample(given: Example) -> Example:
 
 def _dynamic_shapes(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
     """Yield what may stay symbolic, most first: batch and sequence, batch, nothing."""
+    if isinstance(model, Specialised):  # its sizes are numbers already
+        yield None
+        return
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
 
     def axes(tensor: torch.Tensor, sequence: bool) -> dict[int, Any]:

@@ -83,7 +83,9 @@ def prepare(
     if known is None:
         return attach(capture(model, args, kwargs))
     example = (tuple(args), dict(kwargs or {})) if args or kwargs else (known.args, known.kwargs)
-    return attach(dataclasses.replace(known, module=_sharing(known.module), args=example[0], kwargs=example[1]))
+    return attach(
+        dataclasses.replace(known, module=_sharing(known.module), args=example[0], kwargs=example[1])
+    )
 
 
 def _sharing(module: fx.GraphModule) -> fx.GraphModule:
@@ -107,7 +109,7 @@ def plan(
     args, kwargs : sequence, mapping
         Example inputs.
     outputs : sequence of str, optional
-        Names of the outputs that must be kept; by default ``logits`` if there is such an output, else all.
+        Names of the outputs that must be kept; by default all but hidden states, attentions and caches.
 
     Returns
     -------

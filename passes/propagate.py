@@ -20,7 +20,7 @@ class Propagate(FusionPass):
     Parameters
     ----------
     outputs : sequence of str, optional
-        Names of the outputs that must be kept; by default ``logits`` if there is such an output, else all.
+        Names of the outputs that must be kept; by default all but hidden states, attentions and caches.
     """
 
     outputs: Sequence[str] | None = None
