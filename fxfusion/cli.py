@@ -1,4 +1,4 @@
-"""The command line: ``fxfusion demo``, ``plan``, ``certify`` and ``fuse``.
+"""The command line: ``fxfusion demo``, ``plan``, ``explain``, ``certify`` and ``fuse``.
 
 torch, timm and transformers take seconds to import, so that only the commands do.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,11 +16,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from rich.tree import Tree
 from typer.core import TyperGroup
 
+from fxfusion.atomic import write_text
 from fxfusion.errors import CalibrationRequiredError, FusionError, OptionError, TooFewModelsError
 
 if TYPE_CHECKING:
+    from fxfusion.explain import AxisExplanation, Part, Step
     from fxfusion.inputs import Calibration, Example
     from fxfusion.plan import Plan
     from fxfusion.references import ResolvedModel
@@ -52,6 +55,7 @@ app = typer.Typer(
 )
 
 Progress = Callable[[str, int, int], None]
+TOP_CAUSES = 10  # of elements without a free axis that ``plan`` lists
 
 
 class Features(enum.StrEnum):
@@ -80,7 +84,7 @@ OutputsOption = Annotated[
     typer.Option(
         "--outputs",
         metavar="NAMES",
-        help="Outputs to keep, separated by commas \\[default: logits, else all].",
+        help="Outputs to keep, separated by commas \\[default: all but hidden states].",
     ),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Same inputs and seed, same result.")]
@@ -157,6 +161,41 @@ def plan(
     for function, path in wanted.items():
         _draw(function, found, path)
         console.print(f"wrote {path}", highlight=False)
+
+
+@app.command(epilog="Example: fxfusion explain timm:vit_tiny_patch16_224 pos_embed")
+def explain(
+    model: ModelArgument,
+    parameter: Annotated[
+        str, typer.Argument(metavar="PARAMETER", help="A name, or a pattern such as '*.norm.weight'.")
+    ],
+    axis: Annotated[int | None, typer.Option("--axis", metavar="N", help="One axis only, from 0.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write it as JSON.")
+    ] = None,
+    given: InputOption = None,
+    outputs: OutputsOption = None,
+) -> None:
+    """Say what the axes of a parameter enumerate, and why what is fixed is fixed.
+
+    A pattern that fits several parameters gives a table of their first causes.
+    """
+    if json_file is not None:
+        _check_parent(json_file)
+    console = Console()
+    with _status(console, "planning"):
+        from fxfusion import references
+
+        found = _plan(references.resolve(model, weights=False), given, outputs)
+        names = _matching(found, parameter)
+        explained = {name: found.explain(name, axis) for name in names}
+    if len(explained) == 1:
+        console.print(_tree(names[0], explained[names[0]]))
+    else:
+        console.print(_summary(explained))
+    if json_file is not None:
+        _write_json(json_file, explained)
+        console.print(f"wrote {json_file}", highlight=False)
 
 
 @app.command(epilog="Example: fxfusion certify hf:checkpoints/bert --seed 3")
@@ -264,6 +303,74 @@ def fuse(
     report = _write(resolved[target], result, output)
     console.print(result.report.table())
     console.print(f"wrote {output} and {report}", highlight=False)
+
+
+@app.command(epilog="Example: fxfusion sweep timm 'resnet*' --jobs 2 --output sweep")
+def sweep(
+    source: Annotated[str, typer.Argument(metavar="LIBRARY", help="timm, transformers, torchvision or all.")],
+    patterns: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[PATTERN]...", help="Names; of timm, any variant or module \\[default: one per module]."
+        ),
+    ] = None,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="DIR", help="Where records are kept; a sweep goes on there."),
+    ] = Path("sweep"),
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Models at a time.")] = 1,
+    time_limit: Annotated[float, typer.Option("--time-limit", help="Seconds per model.")] = 600.0,
+    memory_limit: Annotated[float, typer.Option("--memory-limit", help="GiB per model; 0 for none.")] = 10.0,
+    recover: Annotated[
+        bool, typer.Option("--recover/--no-recover", help="Plant a symmetric twin and fuse it.")
+    ] = True,
+    seed: SeedOption = 0,
+    page: Annotated[
+        Path | None, typer.Option("--page", metavar="FILE", help="Write a Markdown page.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write every record.")
+    ] = None,
+) -> None:
+    """Certify every model of a library: with random weights, each in a process of its own.
+
+    Exits with 0 unless a plan turns out unsound.
+    """
+    from fxfusion.testing import summary
+    from fxfusion.testing.catalogue import SOURCES
+    from fxfusion.testing.sweeps import sweep as run
+
+    for path in (page, json_file):
+        if path is not None:
+            _check_parent(path)
+    console = Console()
+    found = {}
+    with _progress(console) as progress:
+        for name in SOURCES if source == "all" else (source,):
+
+            def report(_: str, done: int, total: int, name: str = name) -> None:
+                progress(name, done, total)
+
+            found[name] = run(
+                name,
+                output,
+                patterns or (),
+                jobs=jobs,
+                time_limit=time_limit,
+                memory_limit=memory_limit,
+                recover=recover,
+                seed=seed,
+                progress=report,
+            )
+    for name, records in found.items():
+        console.print(summary.table(records, name))
+        console.print(summary.sentence(records, name), highlight=False)
+    if page is not None:
+        write_text(page, summary.page(found))
+    if json_file is not None:
+        summary.save_json(found, json_file)
+    if any(record.status == "unsound" for records in found.values() for record in records):
+        raise typer.Exit(1)
 
 
 def _example(
@@ -384,10 +491,106 @@ def _print_plan(console: Console, name: str, found: Plan) -> None:
     )
     if found.limits:
         console.print(_limits_table(found))
+    if found.frozen:
+        console.print(_frozen_table(found))
+
+
+def _frozen_table(found: Plan) -> Table:
+    shown, rest = found.frozen[:TOP_CAUSES], found.frozen[TOP_CAUSES:]
+    table = Table(
+        title="elements without a free axis, by first cause",
+        caption="fxfusion explain MODEL PARAMETER shows the way to it",
+    )
+    table.add_column("elements", justify="right")
+    for heading in ("first cause", "node", "operator", "source", "parameters"):
+        table.add_column(heading, overflow="fold")
+    for item in shown:
+        cause = item.cause
+        cells = (cause.message, _few(item.nodes), cause.operator, cause.source, _few(item.parameters))
+        table.add_row(str(item.elements), *map(Text, cells))
+    if rest:
+        names = dict.fromkeys(name for item in rest for name in item.parameters)
+        elements = str(sum(item.elements for item in rest))
+        table.add_row(elements, f"{len(rest)} other causes", "", "", "", Text(_few(list(names))))
+    return table
+
+
+def _few(names: Sequence[str], shown: int = 3) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+def _matching(found: Plan, pattern: str) -> list[str]:
+    """The parameters that a pattern fits, or what is taken for the name of one."""
+    from fnmatch import filter as fitting
+
+    names = fitting(found.parameters, pattern)
+    return names if names and pattern not in names else [pattern]
+
+
+def _tree(name: str, axes: Sequence[AxisExplanation]) -> Tree:
+    tree = Tree(Text(name, "bold"))
+    for axis in axes:
+        branch = tree.add(Text(f"axis {axis.axis}: {axis.structure}"))
+        for part in axis.parts:
+            leaf = branch.add(Text(_place(part, axis) + _status_of(part), "green" if part.free else ""))
+            for step in part.chain:
+                leaf.add(_step_text(step))
+    return tree
+
+
+def _place(part: Part, axis: AxisExplanation) -> str:
+    several = any(other.block for other in axis.parts)
+    place = f"block {part.block}, " if several else ""
+    return f"{place}factor {part.factor}: " if several or len(axis.parts) > 1 else ""
+
+
+def _status_of(part: Part) -> str:
+    if not part.free:
+        return f"{part.size} fixed"
+    below = f", for each of {' and '.join(part.scope)}" if part.scope else ""
+    return f"{part.size} free: {part.space}{below}"
+
+
+def _step_text(step: Step) -> Text:
+    text = Text(f"{step.node}: {step.message}" if step.node else step.message)
+    where = ", ".join(item for item in (step.operator, step.source) if item and item != step.node)
+    return text.append(f"\n{where}", "dim") if where else text
+
+
+def _summary(explained: Mapping[str, Sequence[AxisExplanation]]) -> Table:
+    table = Table(caption="fxfusion explain MODEL PARAMETER shows the way to a first cause")
+    table.add_column("parameter", overflow="fold")
+    table.add_column("axis", justify="right")
+    for heading in ("structure", "free", "fixed, and the first cause"):
+        table.add_column(heading, overflow="fold")
+    for name, axes in explained.items():
+        for axis in axes:
+            free = dict.fromkeys(f"{part.size}" for part in axis.parts if part.free)
+            fixed = dict.fromkeys(
+                f"{part.size}: {part.chain[-1].message}" for part in axis.parts if not part.free
+            )
+            cells = (axis.structure, ", ".join(free), "; ".join(fixed))
+            table.add_row(Text(name), str(axis.axis), *map(Text, cells))
+    return table
+
+
+def _write_json(path: Path, explained: Mapping[str, Sequence[AxisExplanation]]) -> None:
+    import dataclasses
+    import json
+
+    from fxfusion.atomic import write_text
+
+    plain = {name: [dataclasses.asdict(axis) for axis in axes] for name, axes in explained.items()}
+    write_text(path, json.dumps(plain, indent=2) + "\n")
 
 
 def _limits_table(found: Plan) -> Table:
-    table = Table(title="what stays fixed, and why")
+    table = Table(
+        title="what stays fixed, and why",
+        caption="fxfusion explain MODEL PARAMETER shows how it came to that",
+    )
     for heading in ("reason", "operator", "source", "parameters"):
         table.add_column(heading, overflow="fold")
     for limit in found.limits:

@@ -14,12 +14,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fxfusion.errors import OptionError
-from fxfusion.testing.catalogue.entry import Entry, perturb
+from fxfusion.testing.catalogue.entry import Entry, Inputs, perturb
 from fxfusion.testing.catalogue.timm_models import timm_entries
 from fxfusion.testing.catalogue.torchvision_models import torchvision_entries
 from fxfusion.testing.catalogue.transformers_models import transformers_entries
 
-__all__ = ["SOURCES", "Entry", "entries", "perturb"]
+__all__ = ["SOURCES", "Entry", "Inputs", "entries", "perturb"]
 
 _MAKERS = {
     "timm": timm_entries,

@@ -149,4 +149,4 @@ def _build(name: str) -> nn.Module:
 def _inputs(model: nn.Module) -> Inputs:
     config = model.pretrained_cfg
     size = config["input_size"]  # type: ignore[index]
-    return (torch.randn(2, *size, generator=torch.Generator().manual_seed(0)),), {}  # type: ignore[misc]
+    return (torch.randn(2, *size, generator=torch.Generator().manual_seed(0)),), {}

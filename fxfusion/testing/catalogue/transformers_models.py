@@ -265,33 +265,36 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
 }
 
-TYPES = (
-    "bert roberta distilbert albert electra deberta deberta-v2 mpnet modernbert gpt2 gpt_neo gpt_neox "
-    "gptj opt bloom llama mistral mixtral qwen2 qwen3 qwen2_moe qwen3_moe gemma gemma2 gemma3_text "
-    "phi phi3 falcon mpt stablelm olmo olmo2 cohere granite mamba mamba2 rwkv t5 mt5 bart pegasus "
-    "marian vit deit beit dinov2 swin swinv2 convnext convnextv2 clip siglip segformer mobilevit "
-    "resnet regnet efficientnet hubert wav2vec2 whisper esm layoutlm data2vec-text data2vec-vision "
-    "data2vec-audio xlm-roberta funnel longformer big_bird perceiver smollm3 deepseek_v2 deepseek_v3 "
-    "gpt_oss llama4_text starcoder2 codegen gpt_bigcode biogpt xglm openai-gpt ctrl xlnet xlm "
-    "camembert ernie nomic_bert squeezebert convbert mobilebert nystromformer yoso fnet roformer "
-    "rembert ibert luke tapas splinter canine layoutlmv3 lilt megatron-bert mra roc_bert bert- "
-    "generation mbart m2m_100 blenderbot blenderbot-small plbart led longt5 switch_transformers umt5 "
-    "prophetnet fsmt bigbird_pegasus t5gemma jamba bamba zamba2 falcon_mamba recurrent_gemma nemotron "
-    "olmoe olmo3 phimoe persimmon glm glm4 cohere2 exaone4 helium diffllama granitemoe "
-    "granitemoehybrid jetmoe dbrx ministral hunyuan_v1_dense ernie4_5 ernie4_5_moe qwen3_next lfm2 "
-    "minimax xlstm moonshine doge apertus arcee bitnet seed_oss vaultgemma gemma3n_text falcon_h1 "
-    "nanochat kimi_linear minicpm3 mobilenet_v1 mobilenet_v2 mobilevitv2 levit cvt poolformer pvt "
-    "pvt_v2 focalnet dinat hiera bit vit_msn vit_mae dinov2_with_registers dinov3_vit dinov3_convnext "
-    "ijepa swiftformer hgnet_v2 textnet imagegpt audio-spectrogram-transformer sew sew-d unispeech "
-    "unispeech-sat wavlm wav2vec2-conformer wav2vec2-bert speech_to_text speecht5 clip_text_model "
-    "clip_vision_model siglip_vision_model clipseg blip chinese_clip align altclip owlvit vilt flava "
-    "detr yolos conditional_detr deformable_detr rt_detr dpt glpn sam videomae vivit timesformer "
-    "encodec patchtst timesfm vitdet donut-swin swin2sr reformer "
-).split()
+_NAMES = """
+bert roberta distilbert albert electra deberta deberta-v2 mpnet modernbert gpt2 gpt_neo gpt_neox
+gptj opt bloom llama mistral mixtral qwen2 qwen3 qwen2_moe qwen3_moe gemma gemma2 gemma3_text phi
+phi3 falcon mpt stablelm olmo olmo2 cohere granite mamba mamba2 rwkv t5 mt5 bart pegasus marian vit
+deit beit dinov2 swin swinv2 convnext convnextv2 clip siglip segformer mobilevit resnet regnet
+efficientnet hubert wav2vec2 whisper esm layoutlm data2vec-text data2vec-vision data2vec-audio
+xlm-roberta funnel longformer big_bird perceiver smollm3 deepseek_v2 deepseek_v3 gpt_oss llama4_text
+starcoder2 codegen gpt_bigcode biogpt xglm openai-gpt ctrl xlnet xlm camembert ernie nomic_bert
+squeezebert convbert mobilebert nystromformer yoso fnet roformer rembert ibert luke tapas splinter
+canine layoutlmv3 lilt megatron-bert mra roc_bert bert-generation mbart m2m_100 blenderbot
+blenderbot-small plbart led longt5 switch_transformers umt5 prophetnet fsmt bigbird_pegasus t5gemma
+jamba bamba zamba2 falcon_mamba recurrent_gemma nemotron olmoe olmo3 phimoe persimmon glm glm4
+cohere2 exaone4 helium diffllama granitemoe granitemoehybrid jetmoe dbrx ministral hunyuan_v1_dense
+ernie4_5 ernie4_5_moe qwen3_next lfm2 minimax xlstm moonshine doge apertus arcee bitnet seed_oss
+vaultgemma gemma3n_text falcon_h1 nanochat kimi_linear minicpm3 mobilenet_v1 mobilenet_v2
+mobilevitv2 levit cvt poolformer pvt pvt_v2 focalnet dinat hiera bit vit_msn vit_mae
+dinov2_with_registers dinov3_vit dinov3_convnext ijepa swiftformer hgnet_v2 textnet imagegpt
+audio-spectrogram-transformer sew sew-d unispeech unispeech-sat wavlm wav2vec2-conformer
+wav2vec2-bert speech_to_text speecht5 clip_text_model clip_vision_model siglip_vision_model clipseg
+blip chinese_clip align altclip owlvit vilt flava detr yolos conditional_detr deformable_detr
+rt_detr dpt glpn sam videomae vivit timesformer encodec patchtst timesfm vitdet donut-swin swin2sr
+reformer
+"""
+TYPES = _NAMES.split()
 
-_ENCODER_DECODERS = (
-    "bart pegasus mbart marian blenderbot blenderbot-small plbart prophetnet bigbird_pegasus whisper speecht5"
-).split()
+_TRANSLATORS = """
+bart pegasus mbart marian blenderbot blenderbot-small plbart prophetnet bigbird_pegasus whisper
+speecht5
+"""
+_ENCODER_DECODERS = _TRANSLATORS.split()
 _CAUSAL_FIRST = ("xlnet", "xlm", "reformer", "imagegpt")  # registered for masking too
 _CLASSES = {"deit": "DeiTForImageClassification", "levit": "LevitForImageClassification"}
 _TASKS = {  # the class of each task, and the table of types that have it
@@ -304,12 +307,17 @@ _TASKS = {  # the class of each task, and the table of types that have it
     "AutoModelForObjectDetection": "MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES",
     "AutoModelForVideoClassification": "MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES",
     "AutoModelForDepthEstimation": "MODEL_FOR_DEPTH_ESTIMATION_MAPPING_NAMES",
+    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    "AutoModelForImageToImage": "MODEL_FOR_IMAGE_TO_IMAGE_MAPPING_NAMES",
+    "AutoModelForTimeSeriesPrediction": "MODEL_FOR_TIME_SERIES_PREDICTION_MAPPING_NAMES",
 }
 _IMAGE_TASKS = (
     "AutoModelForImageClassification",
     "AutoModelForSemanticSegmentation",
     "AutoModelForObjectDetection",
     "AutoModelForDepthEstimation",
+    "AutoModelForImageToImage",
 )
 _VIDEOS = ("videomae", "vivit", "timesformer")
 _LENGTHS = {"reformer": 32, "big_bird": 64, "bigbird_pegasus": 64}
@@ -334,14 +342,14 @@ def tiny_config(name: str) -> Any:
     config = kind(**_small_fields(kind, OVERRIDES.get(name, {})))
     for item in [config, *(getattr(config, key, None) for key in getattr(kind, "sub_configs", None) or {})]:
         if getattr(item, "use_cache", None):
-            item.use_cache = False  # type: ignore[union-attr]
+            item.use_cache = False
     return config
 
 
 def _small_fields(kind: Any, overrides: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     overrides = dict(overrides)
-    fields = {field.name: field.default for field in dataclasses.fields(kind)}
+    fields: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(kind)}
     for name, default in fields.items():
         is_int = isinstance(default, int) and not isinstance(default, bool)
         if name in _AT_MOST_ONE and is_int:
