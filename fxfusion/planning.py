@@ -35,6 +35,7 @@ def make_plan(capture: Capture, outputs: frozenset[int]) -> Plan:
     """
     inferred = infer(capture, outputs)
     read = {name: axes for name, axes in inferred.parameters.items() if name not in capture.unused}
+    _fix_unread(inferred, read)
     held = frozenset(leaf for axes in read.values() for axis in axes for leaf in leaves_of(axis))
     scopes = dependencies(inferred, held)
     free = {leaf for leaf in held if _is_free(leaf)}
@@ -74,6 +75,25 @@ def make_plan(capture: Capture, outputs: frozenset[int]) -> Plan:
         activations=_activations(inferred, names),
         evidence=evidence,
     )
+
+
+def _fix_unread(inferred: Inferred, read: dict[str, tuple[Axis, ...]]) -> None:
+    """Fix the units that no operator reads (rows of a table beyond what is sliced off it).
+
+    Anything may act on them, and there is nothing by which to match them.
+    """
+    records = inferred.context.records
+    met = [*inferred.tensors.values(), *records.inner]
+    met += [(meaning.axis,) for meaning in inferred.meanings.values()]
+    met += [axes for mix in records.mixes for axes in (mix.kept, mix.mixed)]
+    met += [use.operand.axes for use in records.uses]
+    seen = {leaf for axes in met for axis in axes for leaf in leaves_of(axis)}
+    for name, axes in read.items():
+        for axis in axes:
+            for leaf in leaves_of(axis):
+                if leaf.fixed is None and leaf.size > 1 and leaf not in seen:
+                    inferred.context.enter(name, "parameter", "", [])
+                    leaf.fixed = leaf.cause = inferred.context.reason("unused", "no operator reads its units")
 
 
 def _is_free(leaf: Leaf) -> bool:

@@ -302,3 +302,20 @@ def test_inference_that_does_not_settle_frees_nothing(monkeypatch: pytest.Monkey
     plan = fxfusion.plan(model, (torch.randn(2, 4),))
     assert plan.spaces == ()
     assert "did not settle" in plan.limits[0].reason
+
+
+def test_units_that_nobody_reads_are_no_space() -> None:
+    class Window(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Parameter(torch.randn(12, 5))
+            self.second = torch.nn.Linear(5, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(x @ self.table[3:7])
+
+    plan = fxfusion.plan(Window(), (torch.randn(2, 4),))
+    assert [space.size for space in plan.spaces] == [5]
+    assert plan.covered > 0.9
+    rows = plan.explain("table", 0)[0].parts
+    assert [part.chain[-1].kind for part in rows] == ["unused", "input", "unused"]
