@@ -25,7 +25,9 @@ class Specialised(torch.nn.Module):
 
     def __init__(self, model: torch.nn.Module, graph: fx.GraphModule, inputs: Any, outputs: Any) -> None:
         super().__init__()
-        self._graph, self._inputs, self._outputs = graph, inputs, outputs
+        self._inputs, self._outputs = inputs, outputs
+        # No child: every GraphModule has a class of its own, by which two traced parents would differ.
+        self.__dict__["_graph"] = graph
         owners: dict[str, torch.nn.Module] = {"": self}
         saved = model.state_dict().keys()
         for name, tensor in _tensors(model).items():
