@@ -29,7 +29,7 @@ Model = torch.nn.Module | ExportedProgram
 # Outputs that show a network's inside: keeping them would fix the spaces they expose.
 _INTERNAL = re.compile(
     r"hidden_state|attention|past_key_values|pooler_output|_model_output|cache|^encoder_|^extract_features"
-    r"|^router_|^intermediate_|^rnn_state|^state$|^feature_maps|_loss$"
+    r"|^mems$|^router_|^intermediate_|^rnn_state|^state$|^feature_maps|_loss$"
 )
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -33,7 +33,7 @@ class Branching(nn.Module):
 
 def test_it_computes_what_the_model_computes_under_the_same_names() -> None:
     model, x = Branching().train(), torch.randn(4, 6)
-    with pytest.raises(CaptureError, match="fxfusion.specialise"):
+    with pytest.raises(CaptureError, match=r"fxfusion\.specialise"):
         fxfusion.plan(model, (x,))
     traced = specialise(model, (x,), {"double": True})
     assert model.training

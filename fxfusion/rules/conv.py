@@ -116,26 +116,54 @@ def _everywhere(value: Any, wanted: int) -> bool:
     return all(item == wanted for item in ([value] if isinstance(value, (int, str)) else value))
 
 
-def _pool(context: Context, x: Typed, spatial: int) -> Typed:
+def _pool(context: Context, x: Typed, spatial: int, window: Any = None) -> Typed:
+    """Pool the last axes; along an axis of which a window sees one position only, units stay as they are."""
     first = x.rank - spatial
-    return Typed((*x.axes[:first], *_spatial(context, x, first)))
+    sizes = [window] * spatial if isinstance(window, int) else list(window or [None] * spatial)
+    sizes = sizes * spatial if len(sizes) == 1 else sizes
+    axes = list(x.axes[:first])
+    for axis, kept, size in zip(x.axes[first:], context.shapes[0][first:], sizes, strict=True):
+        if size == 1 and axis.size == kept:
+            axes.append(axis)
+        else:
+            context.fix(axis, message=_SPATIAL)
+            axes.append(context.fixed(kept))
+    return Typed(tuple(axes))
 
 
-@rule("max_pool1d", "avg_pool1d", "adaptive_avg_pool1d")
-def pool1d(context: Context, x: Typed, *_: Any, **__: Any) -> Typed:
+@rule("max_pool1d", "avg_pool1d")
+def pool1d(context: Context, x: Typed, window: Any, *_: Any, **__: Any) -> Typed:
     """Pool the last axis."""
+    return _pool(context, x, 1, window)
+
+
+@rule("max_pool2d", "avg_pool2d")
+def pool2d(context: Context, x: Typed, window: Any, *_: Any, **__: Any) -> Typed:
+    """Pool the last two axes (Funnel pools tokens with a window of 1 along the units)."""
+    return _pool(context, x, 2, window)
+
+
+@rule("max_pool3d", "avg_pool3d")
+def pool3d(context: Context, x: Typed, window: Any, *_: Any, **__: Any) -> Typed:
+    """Pool the last three axes."""
+    return _pool(context, x, 3, window)
+
+
+@rule("adaptive_avg_pool1d")
+def adaptive_pool1d(context: Context, x: Typed, *_: Any, **__: Any) -> Typed:
+    """Pool the last axis to a given size."""
     return _pool(context, x, 1)
 
 
-@rule("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d")
-def pool2d(context: Context, x: Typed, *_: Any, **__: Any) -> Typed:
-    """Pool the last two axes."""
+@rule("adaptive_avg_pool2d", "_adaptive_avg_pool2d")
+def adaptive_pool2d(context: Context, x: Typed, *_: Any, **__: Any) -> Typed:
+    """Pool the last two axes to given sizes."""
     return _pool(context, x, 2)
 
 
-@rule("max_pool3d", "avg_pool3d", "adaptive_avg_pool3d", "_adaptive_avg_pool3d")
-def pool3d(context: Context, x: Typed, *_: Any, **__: Any) -> Typed:
-    """Pool the last three axes."""
+@rule("adaptive_avg_pool3d", "_adaptive_avg_pool3d")
+def adaptive_pool3d(context: Context, x: Typed, *_: Any, **__: Any) -> Typed:
+    """Pool the last three axes to given sizes."""
     return _pool(context, x, 3)
 
 

@@ -349,7 +349,11 @@ def _conv() -> dict[str, list[Example]]:
         "avg_pool1d": [call(aten.avg_pool1d.default, real(2, 4, 7), [3], [1])],
         "adaptive_avg_pool1d": [call(aten.adaptive_avg_pool1d.default, real(2, 4, 7), [3])],
         "max_pool2d": [call(aten.max_pool2d.default, real(*image), [2, 2], [1, 1])],
-        "avg_pool2d": [call(aten.avg_pool2d.default, real(*image), [2, 2], [1, 1])],
+        "avg_pool2d": [
+            call(aten.avg_pool2d.default, real(*image), [2, 2], [1, 1]),
+            call(aten.avg_pool2d.default, real(*image), [2, 1], [1, 1]),
+            call(aten.avg_pool2d.default, real(*image), [1], [1]),
+        ],
         "adaptive_avg_pool2d": [
             call(aten.adaptive_avg_pool2d.default, real(*image), [2, 4]),
             call(aten.adaptive_avg_pool2d.default, real(*image), [1, 1]),
