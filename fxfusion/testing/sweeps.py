@@ -332,7 +332,9 @@ class _Run:
     def __init__(self, context: Any, entry: Entry, options: tuple[Any, ...], time_limit: float) -> None:
         self.record = Record(entry.source, entry.family, entry.name)
         self.reports, sender = context.Pipe(duplex=False)
-        self.process = context.Process(target=_child, args=(entry.source, entry.name, options, sender))
+        self.process = context.Process(
+            target=_child, args=(entry.source, entry.name, options, sender), daemon=True
+        )
         self.process.start()
         sender.close()
         self.deadline = time.monotonic() + time_limit
