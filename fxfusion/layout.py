@@ -190,6 +190,8 @@ def _consistent(pieces: Sequence[_Piece], complete: bool = False) -> bool:
 
     A case whose summands lie in another axis can be judged only when the combination is ``complete``.
     """
+    if not any(piece.required for piece in pieces):
+        return True
     chosen = frozenset[Leaf]().union(*(piece.chosen for piece in pieces))
     return all(
         required & chosen or not (every & chosen or complete)
