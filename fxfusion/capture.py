@@ -169,7 +169,7 @@ def _export(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
                 failures.append(error)
                 continue
             unknown = _size_from_data(program)
-            if unknown is None:
+            if unknown is None or isinstance(model, Specialised):  # what is left then is frozen
                 return program
             # With fewer symbolic sizes it may be a number (DeBERTa reads one from a tensor of a size).
             failures.append(ValueError(f"a size depends on data at node {unknown}"))

@@ -23,6 +23,8 @@ from fxfusion.errors import CaptureError
 class Specialised(torch.nn.Module):
     """A traced graph as a module with the model's own parameters and buffers, names and outputs."""
 
+    _graph: fx.GraphModule
+
     def __init__(self, model: torch.nn.Module, graph: fx.GraphModule, inputs: Any, outputs: Any) -> None:
         super().__init__()
         self._inputs, self._outputs = inputs, outputs
