@@ -28,8 +28,7 @@ class Specialised(torch.nn.Module):
     def __init__(self, model: torch.nn.Module, graph: fx.GraphModule, inputs: Any, outputs: Any) -> None:
         super().__init__()
         self._inputs, self._outputs = inputs, outputs
-        # No child: every GraphModule has a class of its own, by which two traced parents would differ.
-        self.__dict__["_graph"] = graph
+        self._graph = graph
         owners: dict[str, torch.nn.Module] = {"": self}
         saved = model.state_dict().keys()
         for name, tensor in _tensors(model).items():

@@ -130,6 +130,8 @@ def _check_structure(reference: Model, model: Model, target: int, index: int) ->
         return
     names = f"{model_name(model, index)} and {model_name(reference, target)}"
     for (path, left), (_, right) in zip(reference.named_modules(), model.named_modules(), strict=False):
+        if isinstance(left, fx.GraphModule) and isinstance(right, fx.GraphModule):
+            continue  # each has a class of its own
         if type(left) is not type(right) and not {type(left).__name__, type(right).__name__} & set(_INERT):
             raise ArchitectureMismatchError(
                 f"{names} differ at module '{path}': {type(right).__name__} against {type(left).__name__}"

@@ -201,7 +201,10 @@ def _instance(entry: Entry, seed: int) -> tuple[torch.nn.Module, Inputs]:
     torch.manual_seed(seed)
     model = entry.build()
     example = entry.inputs(model)
-    return perturb(model, example, seed), example
+    state = perturb(model, example, seed).state_dict()
+    fresh = entry.build().eval()  # one that has not run: some models keep what they computed (LeViT)
+    fresh.load_state_dict(state)
+    return fresh, example
 
 
 def _describe(record: Record, plan: Plan) -> None:
