@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from operator import getitem
@@ -325,7 +326,7 @@ class _Inference:
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor) or value.is_meta:
             return None
-        if sum(_volume(shape) for shape in self.context.shapes) > LARGEST_FOLDED or "rand" in str(
+        if sum(math.prod(shape) for shape in self.context.shapes) > LARGEST_FOLDED or "rand" in str(
             node.target
         ):
             return None
@@ -407,13 +408,6 @@ def _hint(value: Any) -> Any:
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return value.node.hint
     return value
-
-
-def _volume(shape: Sequence[int]) -> int:
-    volume = 1
-    for size in shape:
-        volume *= size
-    return volume
 
 
 def _is_real(tensor: torch.Tensor) -> bool:

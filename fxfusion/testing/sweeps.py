@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import math
 import multiprocessing
 import multiprocessing.connection
 import resource
@@ -208,7 +209,7 @@ def _instance(entry: Entry, seed: int) -> tuple[torch.nn.Module, Inputs]:
 
 
 def _describe(record: Record, plan: Plan) -> None:
-    record.elements = sum(_volume(layout.shape) for layout in plan.layouts.values())
+    record.elements = sum(math.prod(layout.shape) for layout in plan.layouts.values())
     record.spaces, record.wreath = len(plan.spaces), len(plan.wreath)
     record.hidden = sum(space.size for space in plan.spaces)
     record.covered = plan.covered
@@ -219,13 +220,6 @@ def _describe(record: Record, plan: Plan) -> None:
     for limit in plan.limits:
         named = ", ".join(limit.parameters[:3]) + (", ..." if len(limit.parameters) > 3 else "")
         record.limits.append(f"{limit.operator} at {limit.node} {limit.source}: {limit.reason} [{named}]")
-
-
-def _volume(shape: Sequence[int]) -> int:
-    volume = 1
-    for size in shape:
-        volume *= size
-    return volume
 
 
 def _control(prepared: torch.fx.GraphModule, plan: Plan, seed: int) -> float:
