@@ -285,11 +285,13 @@ def parts_of(axis: Axis) -> list[Axis]:
 
 def leaves_of(axis: Axis) -> Iterator[Leaf]:
     """Yield every leaf below an axis, with repetition, alternatives included."""
-    axis = resolve(axis)
-    if isinstance(axis, Leaf):
-        yield axis
-    for child in children_of(axis):
-        yield from leaves_of(child)
+    pending = [axis]
+    while pending:
+        node = resolve(pending.pop())
+        if isinstance(node, Leaf):
+            yield node
+        else:
+            pending += reversed(children_of(node))
 
 
 def children_of(axis: Axis) -> tuple[Axis, ...]:

@@ -12,7 +12,7 @@ import dataclasses
 import inspect
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,6 +60,9 @@ class Capture:
         Name of every flat output.
     dynamic : bool
         Whether the batch size is symbolic.
+    lifted : frozenset of str
+        Constants of the model's code. No state dict has them, but copying a graph module makes buffers of
+        them.
     """
 
     module: fx.GraphModule
@@ -73,6 +76,7 @@ class Capture:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     dynamic: bool
+    lifted: frozenset[str] = frozenset()
 
     def canonical(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the typed tensors of a state dict under the names that the graph uses."""
@@ -84,8 +88,8 @@ class Capture:
         Parameters
         ----------
         outputs : sequence of str or None
-            Names; None means all but hidden states, attentions and caches, or all where there is nothing
-            else.
+            Names; None means all but hidden states, attentions and caches, or all where nothing else reads
+            the parameters.
 
         Raises
         ------
@@ -94,7 +98,9 @@ class Capture:
         """
         if outputs is None:
             named = sorted(set(self.outputs))
-            outputs = [name for name in named if not _INTERNAL.search(name)] or named
+            outputs = [name for name in named if not _INTERNAL.search(name)]
+            if not self._reads_parameters(outputs):
+                outputs = named
         unknown = set(outputs) - set(self.outputs)
         if unknown or not outputs:
             raise OutputSelectionError(
@@ -102,6 +108,24 @@ class Capture:
                 f"it has: {', '.join(dict.fromkeys(self.outputs))}"
             )
         return frozenset(index for index, name in enumerate(self.outputs) if name in outputs)
+
+    def _reads_parameters(self, outputs: Sequence[str]) -> bool:
+        """Whether a parameter is among what the named outputs are computed from."""
+        flat = pytree.tree_leaves(self.module.graph.output_node().args[0])
+        ends = [leaf for leaf, name in zip(flat, self.outputs, strict=True) if name in outputs]
+        return any(node.op == "get_attr" and str(node.target) in self.parameters for node in _ancestors(ends))
+
+
+def _ancestors(ends: Iterable[Any]) -> set[fx.Node]:
+    """Return nodes and all that they are computed from."""
+    found: set[fx.Node] = set()
+    pending = [node for node in ends if isinstance(node, fx.Node)]
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending += node.all_input_nodes
+    return found
 
 
 def capture(model: Model, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Capture:
@@ -325,6 +349,7 @@ def _from_program(
             and not node.meta["val"].shape[0].node.expr.is_number
             for node in placeholders
         ),
+        lifted=frozenset(constants - set(state)),
     )
 
 
@@ -334,6 +359,8 @@ def _check_evaluation(module: fx.GraphModule, name: str) -> None:
         target = str(node.target)
         if node.op != "call_function" or "batch_norm" not in target or "no_training" in target:
             continue
+        if not any(item.op == "placeholder" for item in _ancestors(node.all_input_nodes)):
+            continue  # weight standardisation: it normalises weights
         place = 5 if target.startswith("aten.batch_norm") or "legit" in target else None
         if place is None or (len(node.args) > place and node.args[place]) or "functional" in target:
             raise CaptureError(

@@ -84,12 +84,10 @@ def certify_plan(
 def first_samples(capture: Capture, samples: int | None) -> Any:
     """Return the example's args and kwargs cut to a few samples, where they share a batch that may vary."""
     example = (capture.args, capture.kwargs)
-    sizes = {
-        leaf.shape[0] if leaf.ndim else 0
-        for leaf in pytree.tree_leaves(example)
-        if isinstance(leaf, torch.Tensor)
-    }
-    if samples is None or not capture.dynamic or len(sizes) != 1:
+    tensors = [leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, torch.Tensor)]
+    sizes = {tensor.shape[0] if tensor.ndim else 0 for tensor in tensors}
+    series = all(tensor.ndim < 2 for tensor in tensors)  # a list of samples, each of some length
+    if samples is None or not capture.dynamic or len(sizes) != 1 or series:
         return example
     return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor[:samples], example)
 

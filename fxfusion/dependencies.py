@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 
 from fxfusion.axes import Axis, Leaf, Route, leaves_of, resolve
 from fxfusion.inference import Inferred
-from fxfusion.layout import tensor_blocks
+from fxfusion.layout import leaf_blocks
 
 _Occurrences = list[tuple[Leaf, int]]  # leaf and the axis it lies in, in order
 
@@ -40,13 +40,13 @@ def dependencies(inferred: Inferred, held: frozenset[Leaf]) -> dict[Leaf, tuple[
     for axes in [*inferred.parameters.values(), *inferred.tensors.values(), *inner]:
         relevant = _relevant(axes)
         if relevant and _first(relevant, seen):
-            for block in _blocks(relevant):
+            for block in _blocks(relevant, held):
                 _hold(block, outer, rank)
     seen = set()
     for mix in inferred.context.records.mixes:
         kept, mixed = _relevant(mix.kept), _relevant(mix.mixed)
         if kept and mixed and _first([*kept, None, *mixed], seen):
-            _mix(kept, mixed, outer)
+            _mix(kept, mixed, outer, held)
     return _chains(outer, rank, held)
 
 
@@ -68,14 +68,9 @@ def _first(axes: Sequence[Axis | None], seen: set[tuple[int, ...]]) -> bool:
     return True
 
 
-def _blocks(axes: Sequence[Axis]) -> Iterable[_Occurrences]:
-    for pieces in tensor_blocks(axes):
-        block = [
-            (leaf, axis)
-            for axis, piece in enumerate(pieces)
-            for leaf, _, _ in piece.factors
-            if leaf is not None
-        ]
+def _blocks(axes: Sequence[Axis], held: frozenset[Leaf]) -> Iterable[_Occurrences]:
+    for leaves in leaf_blocks(axes, lambda leaf: leaf in held or leaf.route is not None):
+        block = [(leaf, axis) for axis, found in enumerate(leaves) for leaf in found]
         yield [*block, *_routes(block)]
 
 
@@ -112,8 +107,10 @@ def _pairs(inner: Sequence[int], outer: Sequence[int]) -> bool:
     return sorted(inner) == sorted(outer) and len(set(inner)) == len(inner)
 
 
-def _mix(kept: Sequence[Axis], mixed: Sequence[Axis], outer: dict[Leaf, set[Leaf]]) -> None:
-    for block in _blocks([*kept, *mixed]):
+def _mix(
+    kept: Sequence[Axis], mixed: Sequence[Axis], outer: dict[Leaf, set[Leaf]], held: frozenset[Leaf]
+) -> None:
+    for block in _blocks([*kept, *mixed], held):
         moved = {leaf for leaf, axis in block if axis >= len(kept)}
         moved |= {item for leaf in moved if leaf.route for item in leaves_of(leaf.route.axis)}
         for leaf, axis in block:

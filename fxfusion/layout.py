@@ -11,10 +11,11 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
-from fxfusion.axes import Axis, Case, Leaf, Product, Sum, atoms_of, parts_of, resolve
+from fxfusion.axes import Axis, Case, Leaf, Product, Sum, atoms_of, leaves_of, parts_of, resolve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,8 +128,7 @@ def _scale(part: AxisBlock, actual: int, size: int) -> AxisBlock:
     return AxisBlock(part.offset, (stretched, *part.factors[1:]))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Piece:
+class _Piece(NamedTuple):
     """A block of one axis before the cases of several axes are matched.
 
     ``chosen`` holds the leaves of the summands that the block lies in; ``required`` one entry per case: the
@@ -148,18 +148,16 @@ def _pieces(axis: Axis, stride: int) -> list[_Piece]:
     if isinstance(axis, Sum):
         found, start = [], 0
         for part in parts_of(axis):
+            atoms = atoms_of(part)
             for piece in _pieces(part, stride):
-                found.append(
-                    dataclasses.replace(
-                        piece, offset=piece.offset + start * stride, chosen=piece.chosen | atoms_of(part)
-                    )
-                )
+                chosen = piece.chosen | atoms if piece.chosen else atoms
+                found.append(_Piece(piece.offset + start * stride, piece.factors, chosen, piece.required))
             start += part.size
         return found
     if isinstance(axis, Case):
         every = frozenset[Leaf]().union(*(atoms_of(key) for key in axis.keys))
         return [
-            dataclasses.replace(piece, required=(*piece.required, (atoms_of(key), every)))
+            piece._replace(required=(*piece.required, (atoms_of(key), every)))
             for key, alternative in zip(axis.keys, axis.alternatives, strict=True)
             for piece in _pieces(alternative, stride)
         ]
@@ -202,7 +200,31 @@ def _consistent(pieces: Sequence[_Piece], complete: bool = False) -> bool:
 
 def tensor_blocks(axes: Sequence[Axis]) -> Iterator[tuple[_Piece, ...]]:
     """Yield the blocks of a tensor with these axes, as one piece per axis with the leaves themselves."""
-    choices = [_pieces(axis, 1) for axis in axes]
+    yield from _matching([_pieces(axis, 1) for axis in axes])
+
+
+def leaf_blocks(
+    axes: Sequence[Axis], counts: Callable[[Leaf], bool]
+) -> Iterator[tuple[tuple[Leaf, ...], ...]]:
+    """Yield what blocks a tensor has, as the leaves that count in each axis; blocks that look alike once.
+
+    A tensor put together from many slices has as many blocks as slices, and often of one and the same kind.
+    """
+    kinds: list[dict[Any, _Piece]] = []
+    for axis in axes:
+        kinds.append({})
+        for piece in _pieces(axis, 1):
+            counted = tuple(factor for factor in piece.factors if factor[0] is not None and counts(factor[0]))
+            kept = piece._replace(factors=counted)
+            kinds[-1].setdefault((tuple(leaf for leaf, _, _ in counted), kept.chosen, kept.required), kept)
+    if not any(piece.required for pieces in kinds for piece in pieces.values()):
+        kinds = [{key[0]: piece for key, piece in pieces.items()} for pieces in kinds]
+    for combination in _matching([list(pieces.values()) for pieces in kinds]):
+        yield tuple(tuple(leaf for leaf, _, _ in piece.factors if leaf) for piece in combination)
+
+
+def _matching(choices: Sequence[Sequence[_Piece]]) -> Iterator[tuple[_Piece, ...]]:
+    """Yield every choice of one piece per axis whose cases agree."""
     needs_match = any(piece.required for pieces in choices for piece in pieces)
     for combination in itertools.product(*choices):
         if not needs_match or _consistent(combination, complete=True):
@@ -258,6 +280,9 @@ def activation_blocks(axes: Sequence[Axis], space_of: Callable[[Leaf], str]) -> 
     sizes = tuple(axis.size for axis in axes)
     choices: list[list[AxisBlock | None]] = []
     for axis in axes:
+        if not any(map(space_of, leaves_of(axis))):
+            choices.append([None])
+            continue
         pieces = [piece for piece in _pieces(axis, 1) if _consistent([piece])]
         named = [piece for piece in pieces if any(leaf and space_of(leaf) for leaf, _, _ in piece.factors)]
         if any(piece.required and not piece.chosen for piece in named):

@@ -22,6 +22,7 @@ from fxfusion.errors import (
     WidthMismatchError,
 )
 from fxfusion.execution import Program
+from fxfusion.state import prepared
 
 SAMPLES = 2  # of the example, on which parents are compared with the captured graph
 FUNCTION_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}  # relative to the largest output element
@@ -39,7 +40,9 @@ def model_name(model: Model, index: int) -> str:
 def state_dict_of(model: Model) -> dict[str, torch.Tensor]:
     """Return a parent's state dict, its tensors themselves."""
     state = model.state_dict if isinstance(model, ExportedProgram) else model.state_dict()
-    return dict(state)
+    known = prepared(model)
+    lifted = known.lifted if known is not None else frozenset()
+    return {name: tensor for name, tensor in state.items() if name not in lifted}
 
 
 def check_parents(models: Sequence[Model], target: int) -> list[dict[str, torch.Tensor]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import resource
 import time
 
 import pytest
 import torch
+from torch import nn
 
 import fxfusion
 from fxfusion import inference
@@ -319,3 +321,36 @@ def test_units_that_nobody_reads_are_no_space() -> None:
     assert plan.covered > 0.9
     rows = plan.explain("table", 0)[0].parts
     assert [part.chain[-1].kind for part in rows] == ["unused", "input", "unused"]
+
+
+def test_a_hidden_state_counts_where_nothing_else_reads_the_weights() -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden, self.after = nn.Linear(4, 8), nn.Linear(8, 6)
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"last_hidden_state": self.after(self.hidden(x).relu()), "scale": x.std(1)}
+
+    assert [space.size for space in fxfusion.plan(Encoder(), (torch.randn(3, 4),)).spaces] == [8]
+
+
+def test_a_list_of_series_is_certified_uncut() -> None:
+    class Forecast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden, self.after = nn.Linear(6, 8), nn.Linear(8, 2)
+
+        def forward(self, series: list[torch.Tensor], kinds: list[int]) -> torch.Tensor:
+            recent = torch.stack([item[-6:] for item in series]) + torch.tensor(kinds)[:, None]
+            return self.after(self.hidden(recent).relu())
+
+    example = ([torch.randn(9), torch.randn(9)], [0, 3])
+    prepared = fxfusion.prepare(Forecast(), example)
+    assert fxfusion.certify(prepared).moved > 0.5
+    twin = copy.deepcopy(prepared)
+    twin.load_state_dict(fxfusion.scramble(prepared), strict=False)  # the copy holds constants as buffers
+    fused = fxfusion.fuse([twin, prepared], features="weights").state_dict()
+    assert fused.keys() == prepared.state_dict().keys()
+    for name, tensor in prepared.state_dict().items():
+        assert torch.equal(fused[name], tensor)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -190,10 +191,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "minicpm3": {"num_key_value_heads": 4},
     "mobilevitv2": {"image_size": 64},
     "cvt": {
-        "depth": [1, 1, 2],
+        "depth": [1, 2, 3],  # the rate of a stage is looked up by the stage, not by the block
         "embed_dim": [16, 32, 64],
         "num_heads": [1, 2, 4],
-        "drop_path_rate": [0.0, 0.0, 0.1],
+        "drop_path_rate": [0.0, 0.0, 0.0],
     },
     "poolformer": {"depths": [1, 1, 1, 1], "hidden_sizes": [16, 32, 32, 64]},
     "pvt": {"depths": [1, 1, 1, 1]},
@@ -225,13 +226,25 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "wav2vec2-bert": {"feature_projection_input_dim": 32, "vocab_size": 32},
     "speech_to_text": {"conv_channels": 32, "input_feat_per_channel": 16},
     "align": {
-        "projection_dim": 640,
+        "projection_dim": 320,
         "vision_config": {
             "width_coefficient": 1.0,
             "depth_coefficient": 1.0,
-            "hidden_dim": 640,
+            "hidden_dim": 320,
             "image_size": 64,
         },
+    },
+    "sam": {
+        "vision_config": {
+            "image_size": IMAGE,
+            "initializer_range": 0.02,
+            "output_channels": 64,
+            "num_pos_feats": 32,
+            "global_attn_indexes": [1],
+            "window_size": 3,
+        },
+        "prompt_encoder_config": {"image_size": IMAGE, "image_embedding_size": IMAGE // 16},
+        "mask_decoder_config": {"iou_head_hidden_dim": 64, "mlp_dim": 64},
     },
     "rt_detr": {"num_queries": 20},
     "dpt": {
@@ -296,7 +309,17 @@ speecht5
 """
 _ENCODER_DECODERS = _TRANSLATORS.split()
 _CAUSAL_FIRST = ("xlnet", "xlm", "reformer", "imagegpt")  # registered for masking too
-_CLASSES = {"deit": "DeiTForImageClassification", "levit": "LevitForImageClassification"}
+_CLASSES = {  # where the auto classes would take a distilled twin, or a model without its head
+    "clip_text_model": "CLIPTextModelWithProjection",
+    "clip_vision_model": "CLIPVisionModelWithProjection",
+    "deit": "DeiTForImageClassification",
+    "levit": "LevitForImageClassification",
+    "timesfm": "TimesFmModelForPrediction",
+    "vit_mae": "ViTMAEForPreTraining",
+}
+# Encoders without any task of their own: used as they are meant to be, below a linear probe.
+_PROBED = ("siglip_vision_model", "dinov3_vit", "dinov3_convnext", "vitdet")
+_PROBE_CLASSES = 10
 _TASKS = {  # the class of each task, and the table of types that have it
     "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
@@ -396,7 +419,33 @@ def _build(name: str) -> nn.Module:
         if "sdpa" not in str(error) and "scaled_dot_product" not in str(error):
             raise
         model = auto.from_config(config, attn_implementation="eager")
+    if name in _PROBED:
+        width = getattr(config, "hidden_sizes", [getattr(config, "hidden_size", 0)])[-1]
+        return Probed(model, width, _PROBE_CLASSES)
     return model
+
+
+class Probed(nn.Module):
+    """A linear classifier on the mean of an encoder's last hidden state.
+
+    Parameters
+    ----------
+    encoder : torch.nn.Module
+        Its first output is (batch, tokens, channels), or (batch, channels, height, width).
+    channels, classes : int
+    """
+
+    def __init__(self, encoder: nn.Module, channels: int, classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(channels, classes)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return logits, (batch, classes)."""
+        hidden = self.encoder(pixel_values=pixel_values)[0]
+        pooled: torch.Tensor = hidden.mean(1) if hidden.ndim == 3 else hidden.mean((2, 3))
+        logits: torch.Tensor = self.head(pooled)
+        return logits
 
 
 def _inputs_of(name: str) -> functools.partial[Inputs]:
@@ -406,6 +455,7 @@ def _inputs_of(name: str) -> functools.partial[Inputs]:
 def _inputs(name: str, model: Any) -> Inputs:
     generator = torch.Generator().manual_seed(0)
     takes = set(inspect.signature(model.forward).parameters)
+    model = model.encoder if name in _PROBED else model
     drawn = _main_inputs(name, model, takes, generator)
     if task_of(name) == "AutoModelForSpeechSeq2Seq" and "decoder_input_ids" in takes:
         drawn["decoder_input_ids"] = _tokens(TARGET_LENGTH, generator)
@@ -432,6 +482,9 @@ def _main_inputs(name: str, model: Any, takes: set[str], generator: torch.Genera
         return {"input_ids": _tokens(LENGTH, generator)}
     if name in _VIDEOS or task == "AutoModelForVideoClassification":
         return {"pixel_values": numbers(_first(config, "num_frames") or 8, *image)}
+    if name == "vit_mae":  # which patches are hidden is drawn, or given as noise
+        patches = math.prod(_image_size(config)) // config.patch_size**2
+        return {"pixel_values": numbers(*image), "noise": torch.rand(BATCH, patches, generator=generator)}
     if task in _IMAGE_TASKS or (main == "pixel_values" and "input_ids" not in takes):
         return {"pixel_values": numbers(*image)}
     if name == "perceiver":
@@ -440,11 +493,7 @@ def _main_inputs(name: str, model: Any, takes: set[str], generator: torch.Genera
     if name == "patchtst":
         return {"past_values": numbers(config.context_length, config.num_input_channels)}
     if name == "timesfm":
-        return {
-            "past_values": numbers(config.context_length),
-            "freq": torch.zeros(BATCH, 1, dtype=torch.long),
-            "past_values_padding": torch.zeros(BATCH, config.context_length),
-        }
+        return {"past_values": list(numbers(config.context_length)), "freq": [0] * BATCH}
     return _text_inputs(name, takes, generator, lambda: numbers(*image))
 
 
