@@ -7,9 +7,11 @@ user's model: whoever changes parameters replaces them and never writes in place
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import inspect
+import io
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -188,7 +190,8 @@ def _export(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             model, args, kwargs = _fake(model, args, kwargs)
         for shapes in _dynamic_shapes(model, args, kwargs):
             try:
-                program = torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes)
+                with contextlib.redirect_stderr(io.StringIO()):  # it prints the graph that it gives up on
+                    program = torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes)
             except Exception as error:  # torch.export raises whatever the model raises
                 failures.append(error)
                 continue
