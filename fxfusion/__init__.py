@@ -5,6 +5,8 @@
 :func:`certify`               check that on the model itself, in float64
 :func:`scramble`              a random symmetric twin: other weights, the same function
 :func:`fuse`                  align two or more parents and average them
+:class:`Flow`                 settings of ``fuse`` that solve layer by layer, as the paper does
+:func:`reference`             the settings of the paper's published code
 :func:`prepare`               capture a model, to run :mod:`fxfusion.passes` on it oneself
 :func:`specialise`            trace a model whose control flow depends on data, as the example takes it
 ============================  ===========================================================
@@ -14,26 +16,48 @@ from fxfusion.certify import Certificate
 from fxfusion.errors import FusionError
 from fxfusion.pipeline import FusionResult, certify, fuse, plan, prepare, scramble
 from fxfusion.plan import Incidence, Limit, Plan, Role, Space, Symmetry
+from fxfusion.presets import reference
 from fxfusion.report import FusionReport
 from fxfusion.specialise import specialise
+from fxfusion.transport.options import (
+    Costs,
+    Flow,
+    Heads,
+    Metric,
+    Normalisation,
+    QueryKey,
+    Residual,
+    Scaling,
+    Tables,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Certificate",
+    "Costs",
+    "Flow",
     "FusionError",
     "FusionReport",
     "FusionResult",
+    "Heads",
     "Incidence",
     "Limit",
+    "Metric",
+    "Normalisation",
     "Plan",
+    "QueryKey",
+    "Residual",
     "Role",
+    "Scaling",
     "Space",
     "Symmetry",
+    "Tables",
     "certify",
     "fuse",
     "plan",
     "prepare",
+    "reference",
     "scramble",
     "specialise",
 ]

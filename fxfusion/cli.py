@@ -258,6 +258,15 @@ def fuse(
         str | None,
         typer.Option("--weights", metavar="0.5,0.5", help="Share of each model \\[default: equal]."),
     ] = None,
+    flow: Annotated[
+        str | None,
+        typer.Option(
+            "--flow",
+            metavar="CHOICES",
+            help="Solve layer by layer, as the paper does: 'reference', or choices such as "
+            "residual=skip,heads=ignored,metric=cosine.",
+        ),
+    ] = None,
     target: Annotated[
         int,
         typer.Option(
@@ -274,6 +283,7 @@ def fuse(
     if features is Features.activations and calibration is None:
         raise CalibrationRequiredError("--features activations compares activations: give --calibration FILE")
     shares = _parse_shares(weights, len(models))
+    solver = _parse_flow(flow, features, coupling, calibration)
     _check_target(target, len(models))
     console = Console()
     with _progress(console) as progress:
@@ -297,7 +307,7 @@ def fuse(
             target=target,
             seed=seed,
             progress=progress,
-            **_chosen(features=features, coupling=coupling),
+            **{**_chosen(features=features, coupling=coupling), **solver},
             **_outputs_option(outputs),
         )
     report = _write(resolved[target], result, output)
@@ -403,6 +413,21 @@ def _outputs_option(text: str | None) -> dict[str, Any]:
 def _chosen(**options: enum.StrEnum | None) -> dict[str, Any]:
     """The options that were given: what is left out takes the library's own default."""
     return {name: option.value for name, option in options.items() if option is not None}
+
+
+def _parse_flow(
+    text: str | None, features: Features | None, coupling: Coupling | None, calibration: Path | None
+) -> dict[str, Any]:
+    """Return the arguments of ``fuse`` that a flow option stands for; what else is given comes first."""
+    from fxfusion.presets import reference
+    from fxfusion.transport.options import Flow
+
+    if text is None:
+        return {}
+    if text != "reference":
+        return {"flow": Flow.parse(text)}
+    compared = features.value if features else "weights" if calibration is None else "activations"
+    return reference(compared, coupling.value if coupling else "soft")
 
 
 def _parse_shares(text: str | None, count: int) -> list[float] | None:

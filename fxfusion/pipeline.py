@@ -18,6 +18,7 @@ from fxfusion.capture import Model, capture
 from fxfusion.certify import Certificate, certify_plan
 from fxfusion.errors import CalibrationRequiredError, CertificationError, InvalidWeightError, OptionError
 from fxfusion.passes.align import Align
+from fxfusion.passes.align_flow import AlignFlow
 from fxfusion.passes.apply_transports import ApplyTransports
 from fxfusion.passes.base import FusionPass
 from fxfusion.passes.merge import Merge
@@ -30,6 +31,7 @@ from fxfusion.report import FusionReport, SpaceRow
 from fxfusion.state import KEY, FusionState, attach, prepared, state_of
 from fxfusion.symmetry import act, complete, random_maps
 from fxfusion.transport.hierarchy import Coupling
+from fxfusion.transport.options import Flow
 from fxfusion.validation import (
     check_choice,
     check_function,
@@ -248,6 +250,7 @@ def fuse(
     seed: int = 0,
     outputs: Sequence[str] | None = None,
     regularisation: float | None = None,
+    flow: Flow | None = None,
     progress: Progress | None = None,
 ) -> FusionResult:
     """Fuse models of one architecture: align their units by optimal transport, then average.
@@ -276,6 +279,10 @@ def fuse(
         As for :func:`plan`.
     regularisation : float, optional
         Softness of soft couplings, relative to the mean ground cost.
+    flow : Flow, optional
+        Solve transports layer by layer along the network, as the paper does, with the choices given. By
+        default there is one transport per space, solved from everything that touches it: better, and the
+        aligned parent keeps its function.
     progress : callable ``(stage, done, total)``, optional
 
     Returns
@@ -335,14 +342,9 @@ def fuse(
     with clock.measure("certify"):
         certificates = _certify_all(state, models, states, seed, show)
     softness = SOFT_REGULARISATION if regularisation is None else regularisation
+    observed = batches if features == "activations" else None
     passes: list[FusionPass] = [
-        Align(
-            parents=states,
-            target=target,
-            batches=batches if features == "activations" else None,
-            coupling=Coupling(softness if coupling == "soft" else None),
-            progress=show,
-        ),
+        _solver(flow, states, target, observed, coupling, softness, show),
         ApplyTransports(),
         Merge(shares),
         Repair(batches, show),
@@ -351,6 +353,8 @@ def fuse(
         with clock.measure(type(item).__name__):
             module = _run([item], module)
     options = {"features": features, "coupling": coupling, "target": str(target), "seed": str(seed)}
+    if flow is not None:
+        options["flow"] = repr(flow)
     if coupling == "soft":
         options["regularisation"] = repr(softness)
     report = _report(state, models, options, certificates, clock.seconds)
@@ -363,6 +367,24 @@ def fuse(
 def _as_target(state: dict[str, torch.Tensor], target: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return a parent's weights in the target's precision."""
     return {name: tensor.to(target[name].dtype) for name, tensor in state.items()}
+
+
+def _solver(
+    flow: Flow | None,
+    parents: Sequence[dict[str, torch.Tensor]],
+    target: int,
+    batches: Batches | None,
+    coupling: str,
+    softness: float,
+    show: Progress,
+) -> FusionPass:
+    soft = coupling == "soft"
+    if flow is None:
+        return Align(parents, target, batches, Coupling(softness if soft else None), show)
+    absolute = flow.regularisation is not None
+    regularisation = flow.regularisation if flow.regularisation is not None else softness
+    entropic = Coupling(regularisation if soft else None, absolute)
+    return AlignFlow(parents, target, flow, batches, entropic, show)
 
 
 class _Clock:

@@ -53,11 +53,13 @@ class CrossMoments:
         self.square_target = torch.zeros(batch, target, dtype=torch.float64)
         self.square_source = torch.zeros(batch, source, dtype=torch.float64)
         self.cross = torch.zeros(batch, target, source, dtype=torch.float64)
+        self.absolute_target = torch.zeros(batch, target, dtype=torch.float64)
 
     def update(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Add samples: ``[batch, units, samples]`` of each parent."""
         batch = CrossMoments(*self.cross.shape)
         batch.count = target.shape[-1]
+        batch.absolute_target = target.abs().sum(-1).double()
         mean_target, mean_source = target.mean(-1), source.mean(-1)
         target, source = target - mean_target.unsqueeze(-1), source - mean_source.unsqueeze(-1)
         batch.mean_target, batch.mean_source = mean_target.double(), mean_source.double()
@@ -79,7 +81,13 @@ class CrossMoments:
         self.cross += other.cross + weight * shift_target.unsqueeze(-1) * shift_source.unsqueeze(-2)
         self.mean_target += shift_target * (other.count / total)
         self.mean_source += shift_source * (other.count / total)
+        self.absolute_target += other.absolute_target
         self.count = total
+
+    @property
+    def magnitude(self) -> torch.Tensor:
+        """Mean magnitude of the target's units, ``[batch, target]``."""
+        return self.absolute_target / max(self.count, 1)
 
     @property
     def covariance(self) -> torch.Tensor:
@@ -195,6 +203,7 @@ def collect(
     batches: Iterable[tuple[Sequence[Any], Mapping[str, Any]]],
     total: int = 0,
     progress: Progress = silent,
+    places: Mapping[str, Sequence[Observation]] | None = None,
 ) -> list[dict[str, list[CrossMoments]]]:
     """Stream calibration data through all parents and gather cross-moments with the target.
 
@@ -211,13 +220,16 @@ def collect(
     total : int
         Number of batches for the progress display, 0 if unknown.
     progress : callable, optional
+    places : mapping of str to sequence of Observation, optional
+        Where spaces are observed; by default where :func:`observations` says.
 
     Returns
     -------
     list of dict of str to list of CrossMoments
         Per parent (empty for the target), by space, one per observation.
     """
-    places = observations(plan, capture.module.graph)
+    if places is None:
+        places = observations(plan, capture.module.graph)
     shapes = {space.name: Shape.of(plan, space) for space in plan.spaces}
     moments: list[dict[str, list[CrossMoments]]] = []
     for index in range(len(states)):

@@ -4,6 +4,7 @@
 :mod:`~fxfusion.passes.normalize`         drop what carries no computation (guards, metadata assertions)
 :mod:`~fxfusion.passes.propagate`         infer the space of every axis; attach the plan
 :mod:`~fxfusion.passes.align`             solve one transport per space and parent
+:mod:`~fxfusion.passes.align_flow`        or one per layer and parent, carried along the network
 :mod:`~fxfusion.passes.apply_transports`  carry the transports through every parameter
 :mod:`~fxfusion.passes.merge`             average the aligned parents into the graph's parameters
 :mod:`~fxfusion.passes.repair`            re-estimate batch-normalisation statistics

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxfusion.passes.base import FusionPass
+from fxfusion.plan import Plan
 from fxfusion.state import state_of
 from fxfusion.symmetry import act
+from fxfusion.transport.cost import State
+from fxfusion.transport.flow import act_locally
+from fxfusion.transport.joint import Alignment
+
+
+def _aligned(plan: Plan, alignment: Alignment, parent: State) -> dict[str, torch.Tensor]:
+    if alignment.local is not None:
+        return act_locally(plan, alignment.local, parent)
+    return act(plan, alignment.maps, parent)
 
 
 @dataclasses.dataclass(eq=False)
@@ -25,7 +36,7 @@ class ApplyTransports(FusionPass):
         state = state_of(graph_module)
         assert state.plan is not None
         state.aligned = [
-            parent if alignment is None else act(state.plan, alignment.maps, parent)
+            parent if alignment is None else _aligned(state.plan, alignment, parent)
             for parent, alignment in zip(state.parents, state.alignments, strict=True)
         ]
         return PassResult(graph_module, False)

@@ -18,7 +18,7 @@ from rich.table import Table
 from typer.testing import CliRunner, Result
 
 import fxfusion
-from fxfusion import checkpoints, cli
+from fxfusion import Costs, Flow, checkpoints, cli, reference
 from fxfusion.errors import CaptureError
 from fxfusion.plan import Incidence, Limit, Plan, Role, Space, Symmetry
 from tests.test_references import bert
@@ -251,6 +251,16 @@ class TestFuse:
             "seed": 9,
             "outputs": ["logits"],
         }
+
+    def test_flow(self, parents: list[str], calls: list[SimpleNamespace], tmp_path: Path) -> None:
+        out = ("-o", tmp_path / "out.safetensors")
+        assert run("fuse", *parents, *out, "--flow", "residual=skip,metric=cosine").exit_code == 0
+        assert calls[0].options["flow"] == Flow(residual="skip", costs=Costs(metric="cosine"))
+        assert run("fuse", *parents, *out, "--flow", "reference", "--coupling", "hard").exit_code == 0
+        assert calls[1].options["flow"] == reference("weights", "hard")["flow"]
+        refused = run("fuse", *parents, *out, "--flow", "residual=average")
+        assert refused.exit_code != 0
+        assert "weighted_matrix" in flat(refused.output)
 
     def test_directory(self, calls: list[SimpleNamespace], tmp_path: Path) -> None:
         for name in ("a", "b"):

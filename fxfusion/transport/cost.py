@@ -46,11 +46,11 @@ def activation_cost(plan: Plan, space: Space, moments: Sequence[CrossMoments]) -
     shape = Shape.of(plan, space)
     total = torch.zeros(shape.cost, dtype=torch.float64)
     for item in moments:
-        total += _pairs(1.0 - item.correlation, shape)
+        total += pairs(1.0 - item.correlation, shape)
     return total / max(len(moments), 1)
 
 
-def _pairs(matrix: torch.Tensor, shape: Shape) -> torch.Tensor:
+def pairs(matrix: torch.Tensor, shape: Shape) -> torch.Tensor:
     """Reshape ``[fixed, outer * n, outer * n]`` to pairs of outer units times pairs of units."""
     return matrix.reshape(shape.fixed, shape.outer, shape.size, shape.outer, shape.size).permute(
         0, 1, 3, 2, 4

@@ -21,9 +21,17 @@ from fxfusion.transport.sinkhorn import sinkhorn
 
 @dataclasses.dataclass(frozen=True)
 class Coupling:
-    """Which coupling to solve for: hard (``regularisation`` None) or soft."""
+    """Which coupling to solve for: hard (``regularisation`` None) or soft.
+
+    Attributes
+    ----------
+    regularisation : float or None
+    absolute : bool
+        Whether it is meant in units of the cost, not of the mean cost.
+    """
 
     regularisation: float | None = None
+    absolute: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +144,7 @@ def solve_tree(
             index, values = assign(flat)
             solved[space.name] = Solution(index.reshape(shape.cost[:4]), None, values.reshape(shape.cost[:3]))
         else:
-            plans, values = sinkhorn(flat, coupling.regularisation)
+            plans, values = sinkhorn(flat, coupling.regularisation, coupling.absolute)
             solved[space.name] = Solution(None, plans.reshape(shape.cost), values.reshape(shape.cost[:3]))
     return solved
 
@@ -158,7 +166,7 @@ def to_maps(plan: Plan, tree: Tree, solved: Mapping[str, Solution]) -> dict[str,
         sizes = [plan.scope_size(name) for name in space.scope]
         if solution.plan is not None:
             maps[space.name] = SoftMap.from_coupling(
-                _spread(solution.plan, sizes, len(fixed & set(space.scope))), space.scope
+                spread(solution.plan, sizes, len(fixed & set(space.scope))), space.scope
             )
             continue
         assert solution.index is not None
@@ -185,7 +193,7 @@ def _matched_outer(plan: Plan, space: Space, maps: Mapping[str, Map]) -> torch.T
     return flat
 
 
-def _spread(coupling: torch.Tensor, sizes: Sequence[int], fixed: int) -> torch.Tensor:
+def spread(coupling: torch.Tensor, sizes: Sequence[int], fixed: int) -> torch.Tensor:
     """Reshape ``[fixed, outer, outer, n, n]`` to target and source dimensions per outer space."""
     free = list(sizes[fixed:])
     count = len(free)

@@ -27,7 +27,7 @@ from fxfusion.transport.hierarchy import (
     to_maps,
     trees,
 )
-from fxfusion.transport.map import Map
+from fxfusion.transport.map import BlockMaps, Map
 
 MAXIMAL_SWEEPS = 30
 _IMPROVEMENT = 1e-5  # of the cost of units that have nothing in common: a smaller one is rounding
@@ -46,12 +46,15 @@ class Alignment:
         nothing in common, 0 for equal ones.
     sweeps : int
         Number of block-coordinate sweeps.
+    local : dict of str to list of BlockMaps, or None
+        Per parameter, one per block: transports that differ from parameter to parameter.
     """
 
     maps: dict[str, Map]
     before: dict[str, float]
     after: dict[str, float]
     sweeps: int = 0
+    local: dict[str, list[BlockMaps]] | None = None
 
 
 def align(

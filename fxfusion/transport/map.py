@@ -78,6 +78,14 @@ Map = HardMap | SoftMap
 Maps = Mapping[str, Map]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class BlockMaps:
+    """What acts on one block of a parameter: on axes that write, and on axes that only read."""
+
+    writing: dict[str, Map] = dataclasses.field(default_factory=dict)
+    reading: dict[str, Map] = dataclasses.field(default_factory=dict)
+
+
 def transport_tensor(
     tensor: torch.Tensor, layout: ParameterLayout, maps: Maps, reading: frozenset[int] = frozenset()
 ) -> torch.Tensor:
@@ -121,13 +129,17 @@ def transport_block(
     maps: Maps,
     reading: frozenset[int] = frozenset(),
     skip: frozenset[str] = frozenset(),
+    reads: Maps | None = None,
 ) -> torch.Tensor:
-    """Carry transports through the view of one block, spaces in ``skip`` excepted."""
-    dimensions = [
-        (dimension, maps[factor.space])
-        for dimension, factor in enumerate(block.factors)
-        if factor.space in maps and factor.space not in skip
-    ]
+    """Carry transports through the view of one block, spaces in ``skip`` excepted.
+
+    Axes that only read take the maps of ``reads``, if there are any, in place of ``maps``.
+    """
+    dimensions = []
+    for dimension, factor in enumerate(block.factors):
+        side = maps if reads is None or axis_of(block, dimension) not in reading else reads
+        if factor.space in side and factor.space not in skip:
+            dimensions.append((dimension, side[factor.space]))
     for dimension, item in sorted(dimensions, key=lambda pair: len(pair[1].scope)):
         if isinstance(item, HardMap):
             view = _gather(view, dimension, item.index, scope_dimensions(block, dimension, item.scope))

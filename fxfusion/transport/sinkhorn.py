@@ -9,18 +9,21 @@ ITERATIONS = 1000
 PRECISION = 1e-6
 
 
-def sinkhorn(costs: torch.Tensor, regularisation: float) -> tuple[torch.Tensor, torch.Tensor]:
+def sinkhorn(
+    costs: torch.Tensor, regularisation: float, absolute: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Solve a batch of entropic transport problems with uniform marginals.
 
-    Each cost matrix is shifted and divided by its mean first, so that one regularisation means the same
-    softness everywhere.
+    Each cost matrix is shifted and, unless ``absolute``, divided by its mean first, so that one
+    regularisation means the same softness everywhere.
 
     Parameters
     ----------
     costs : torch.Tensor
         ``[batch, target, source]``.
     regularisation : float
-        Weight of the entropy, relative to the mean cost.
+        Weight of the entropy, relative to the mean cost unless ``absolute``.
+    absolute : bool
 
     Returns
     -------
@@ -43,6 +46,8 @@ def sinkhorn(costs: torch.Tensor, regularisation: float) -> tuple[torch.Tensor, 
     exact = costs.double().cpu()
     shifted = exact - exact.amin((-2, -1), keepdim=True)
     scale = shifted.mean((-2, -1), keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    if absolute:
+        scale = torch.ones_like(scale)
     # In NumPy: thousands of tiny steps, on which torch's thread pool costs more than it gains.
     solved = ot.solve_batch(
         (shifted / scale).numpy(),

@@ -1,0 +1,373 @@
+"""Which transport reaches which parameter: the flow of a network, before anything is solved.
+
+The graph is walked in order. A parameter that writes a stream of units gets a transport to be solved;
+additions of a skip and a branch join two transports; everything else hands on what it was given, to the
+parameters that it meets (biases, norms) and to those that read its result. Two transports that meet in any
+other way, a gate times its signal or queries times keys, act on the same units and become one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from operator import getitem
+
+import torch
+from torch import fx
+
+from fxfusion.capture import Capture
+from fxfusion.layout import Block
+from fxfusion.plan import Plan
+from fxfusion.rules.registry import operator_name
+from fxfusion.symmetry import reading_axes
+from fxfusion.transport.map import axis_of, innermost
+from fxfusion.transport.options import Flow, Heads, QueryKey, Tables
+
+JOINS = frozenset(["add", "sub", "rsub", "lerp"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Writer:
+    """A parameter that writes a stream, and the node whose output shows what it wrote (empty: none)."""
+
+    parameter: str
+    node: str
+
+
+@dataclasses.dataclass(eq=False)
+class Solve:
+    """A transport to be solved from what its writers write.
+
+    Attributes
+    ----------
+    stream : str
+        Name of the outermost of the spaces that are solved together; where heads are ignored, of the
+        innermost.
+    writers : list of Writer
+    """
+
+    stream: str
+    writers: list[Writer]
+    same: Solve | Join | None = dataclasses.field(default=None, repr=False)
+
+
+@dataclasses.dataclass(eq=False)
+class Join:
+    """The transports of a skip and a branch, to be combined.
+
+    Attributes
+    ----------
+    stream : str
+    skip, branch : Solve or Join
+    nodes : tuple of str
+        The nodes that hold the skip and the branch; an empty name for a parameter.
+    """
+
+    stream: str
+    skip: Transport
+    branch: Transport
+    nodes: tuple[str, str]
+
+
+Transport = Solve | Join
+
+
+@dataclasses.dataclass(eq=False)
+class Carried:
+    """The transports of a network and where they arrive.
+
+    Attributes
+    ----------
+    writing, reading : dict of (str, str) to Solve or Join
+        By parameter and stream: what acts on the axes that write, or only read, the stream.
+    last : dict of str to Solve or Join
+        By stream: what its last node carries.
+    """
+
+    writing: dict[tuple[str, str], Transport] = dataclasses.field(default_factory=dict)
+    reading: dict[tuple[str, str], Transport] = dataclasses.field(default_factory=dict)
+    last: dict[str, Transport] = dataclasses.field(default_factory=dict)
+
+    def transports(self) -> list[Transport]:
+        """Return every transport once, what a join needs before the join."""
+        found: dict[int, Transport] = {}
+
+        def visit(transport: Transport) -> None:
+            transport = settled(transport)
+            if id(transport) in found:
+                return
+            if isinstance(transport, Join):
+                visit(transport.skip)
+                visit(transport.branch)
+            found[id(transport)] = transport
+
+        for transport in [*self.writing.values(), *self.reading.values(), *self.last.values()]:
+            visit(transport)
+        return list(found.values())
+
+
+def settled(transport: Transport) -> Transport:
+    """Return what a transport was found to be the same as."""
+    while isinstance(transport, Solve) and transport.same is not None:
+        transport = transport.same
+    return transport
+
+
+class Streams:
+    """What moves as one: a tree of spaces, or where heads are ignored every innermost space.
+
+    Heads cannot be ignored where a parameter holds them without the dimensions below (a table of relative
+    positions per head, keys whose dimensions rotary positions fix) or shares them between two axes (a
+    grouped convolution): such a tree stays whole.
+
+    Parameters
+    ----------
+    plan : Plan
+    heads : Heads
+    """
+
+    def __init__(self, plan: Plan, heads: Heads) -> None:
+        self.scopes = {space.name: space.scope for space in plan.spaces}
+        self._above = {outer for scope in self.scopes.values() for outer in scope}
+        self._roots = {
+            space: next((outer for outer in scope if outer in self.scopes), space)
+            for space, scope in self.scopes.items()
+        }
+        blocks = [block for layout in plan.layouts.values() for block in layout.blocks]
+        if heads is Heads.IGNORED:
+            self._whole = {self._roots[space] for block in blocks for space in self._inseparable(block)}
+        else:
+            self._whole = set(self._roots.values())
+
+    def _inseparable(self, block: Block) -> Iterator[str]:
+        """Yield spaces that cannot be solved without their outer units, as this block holds them."""
+        met: set[int] = set()
+        for space, _, scope in innermost(block, self.scopes):
+            if space in self._above or met & set(scope):
+                yield space
+            met |= set(scope)
+
+    def of(self, space: str) -> str | None:
+        """Return the stream of a space, or None for one whose units are told apart below it."""
+        if self._roots[space] in self._whole:
+            return self._roots[space]
+        return space if space not in self._above else None
+
+    def is_whole(self, stream: str) -> bool:
+        """Return whether a stream is solved as a tree of spaces."""
+        return stream in self._whole
+
+    def is_nested(self, stream: str) -> bool:
+        """Return whether several spaces are solved together."""
+        return stream in self._whole and stream in self._above
+
+    def in_block(self, block: Block) -> Iterator[tuple[str, str, int, list[int]]]:
+        """Yield stream, space, dimension and outer dimensions of the innermost spaces of a block."""
+        for space, dimension, scope in innermost(block, self.scopes):
+            stream = self.of(space)
+            if stream is not None:
+                yield stream, space, dimension, scope
+
+
+def carry(capture: Capture, plan: Plan, options: Flow) -> Carried:
+    """Follow every transport through a network.
+
+    Parameters
+    ----------
+    capture : Capture
+    plan : Plan
+    options : Flow
+        Residual policies do not matter here.
+
+    Returns
+    -------
+    Carried
+    """
+    walk = _Walk(capture, plan, options)
+    for node in capture.module.graph.nodes:
+        walk.visit(node)
+    return walk.carried
+
+
+class _Walk:
+    def __init__(self, capture: Capture, plan: Plan, options: Flow) -> None:
+        assert isinstance(options.heads, Heads)
+        self.capture = capture
+        self.plan = plan
+        self.options = options
+        self.streams = Streams(plan, options.heads)
+        self.carried = Carried()
+        self.at: dict[tuple[fx.Node, str], Transport] = {}
+        self.origins: dict[fx.Node, frozenset[str]] = {}  # of what is made of parameters alone
+        self.spaces: dict[fx.Node, set[str]] = {}
+        self.depth: dict[fx.Node, int] = {}  # number of nodes that a node is computed from, as a bit set
+        self.writes: dict[str, set[str]] = {}  # parameter -> streams on axes that do not only read
+        self.written: dict[str, set[str]] = {}  # and the spaces there
+        self.reads: dict[str, set[str]] = {}
+        self.tables: dict[tuple[str, str], bool] = {}
+        reading = reading_axes(plan)
+        for name, layout in plan.layouts.items():
+            for block in layout.blocks:
+                for stream, space, dimension, scope in self.streams.in_block(block):
+                    only_read = axis_of(block, dimension) in reading.get(name, frozenset())
+                    (self.reads if only_read else self.writes).setdefault(name, set()).add(stream)
+                    if not only_read:
+                        self.written.setdefault(name, set()).add(space)
+                    others = [
+                        factor.size
+                        for place, factor in enumerate(block.factors)
+                        if place not in (*scope, dimension)
+                    ]
+                    self.tables[name, stream] = any(size > 1 for size in others)
+
+    def visit(self, node: fx.Node) -> None:
+        """Find what a node carries."""
+        self.depth[node] = 1 << len(self.depth)
+        for item in node.all_input_nodes:
+            self.depth[node] |= self.depth[item]
+        if node.op == "get_attr":
+            name = self.capture.aliases.get(str(node.target), str(node.target))
+            self.origins[node] = frozenset([name] if name in self.plan.layouts else [])
+            return
+        if node.op != "call_function":
+            return
+        operands, operator = node.all_input_nodes, operator_name(node.target)
+        if node.target is getitem and operands:  # one output of an operator with several
+            operator = operator_name(operands[0].target)
+            operands = operands[0].all_input_nodes
+        if all(item in self.origins or not _is_tensor(item) for item in operands):
+            self.origins[node] = frozenset().union(*(self.origins.get(item, ()) for item in operands))
+            return
+        parameters = [name for item in operands for name in sorted(self.origins.get(item, ()))]
+        held = self._held(node)
+        for stream in held:
+            self._carry(node, stream, operator, operands, parameters)
+        for item in operands:
+            for name in parameters:
+                for stream in self.reads.get(name, ()):
+                    if (item, stream) in self.at:
+                        self.carried.reading.setdefault((name, stream), self.at[item, stream])
+        for stream in {stream for item, stream in self.at if item in operands} - set(held):
+            arriving = [self.at[item, stream] for item in operands if (item, stream) in self.at]
+            shared = self.options.query_key is QueryKey.SHARED or self.streams.is_whole(stream)
+            if len(arriving) > 1 and shared:
+                self._identify(arriving)
+
+    def _held(self, node: fx.Node) -> list[str]:
+        """Return the streams that a node's output holds."""
+        found: dict[str, None] = {}
+        for block in self.plan.activations.get(node.name, ()):
+            for stream, space, *_ in self.streams.in_block(block.bind(block.sizes)):
+                found[stream] = None
+                self.spaces.setdefault(node, set()).add(space)
+        return list(found)
+
+    def _carry(
+        self,
+        node: fx.Node,
+        stream: str,
+        operator: str,
+        operands: Sequence[fx.Node],
+        parameters: Sequence[str],
+    ) -> None:
+        arriving = {item: settled(self.at[item, stream]) for item in operands if (item, stream) in self.at}
+        met = [name for name in parameters if stream in self.writes.get(name, ())]
+        if not arriving:
+            self._write(node, stream, met)
+            return
+        carried = next(iter(arriving.values()))
+        if len(set(map(id, arriving.values()))) > 1:
+            carried = self._meet(stream, operator, arriving)
+        before = {space for item in operands for space in self.spaces.get(item, ())}
+        for name in met:
+            carried = self._follow(name, stream, operator, carried, node)
+            root = settled(carried)
+            anew = self.written[name] - before and self.streams.is_nested(stream)
+            if anew and isinstance(root, Solve) and all(item.parameter != name for item in root.writers):
+                root.writers.append(Writer(name, node.name))
+        self.at[node, stream] = self.carried.last[stream] = carried
+
+    def _write(self, node: fx.Node, stream: str, parameters: Sequence[str]) -> None:
+        """Begin a transport, or go on with the one that a parameter has already."""
+        if not parameters:
+            if stream in self.carried.last:  # it came through a node whose units are not known
+                self.at[node, stream] = self.carried.last[stream]
+            return
+        written = self.carried.writing
+        known = [written[name, stream] for name in parameters if (name, stream) in written]
+        transport = known[0] if known else Solve(stream, [])
+        root = settled(transport)
+        for name in parameters:
+            if (name, stream) not in self.carried.writing:
+                self.carried.writing[name, stream] = transport
+                if isinstance(root, Solve):
+                    root.writers.append(Writer(name, node.name))
+        self.at[node, stream] = self.carried.last[stream] = root
+
+    def _follow(self, name: str, stream: str, operator: str, carried: Transport, node: fx.Node) -> Transport:
+        """Let a parameter that meets a stream follow it, or join it as a table of its own."""
+        if (name, stream) in self.carried.writing:
+            return carried
+        own = self.options.tables is Tables.OWN and self._is_table(name, stream, operator)
+        if not own:
+            self.carried.writing[name, stream] = carried
+            return carried
+        table = Solve(stream, [Writer(name, "")])
+        self.carried.writing[name, stream] = table
+        if operator not in JOINS:
+            return carried
+        branch = next(item.name for item in node.all_input_nodes if (item, stream) in self.at)
+        return Join(stream, table, carried, ("", branch))
+
+    def _is_table(self, name: str, stream: str, operator: str) -> bool:
+        """Whether a parameter is put before a stream, or added as a table; heads' tables follow theirs."""
+        if self.streams.is_nested(stream):
+            return False
+        return operator in ("cat", "concat") or (operator in JOINS and self.tables[name, stream])
+
+    def _meet(self, stream: str, operator: str, arriving: dict[fx.Node, Transport]) -> Transport:
+        if operator not in JOINS or self.streams.is_nested(stream):
+            carried = self._identify(list(arriving.values()))
+            if carried is not None:
+                return carried
+        # The skip is computed from less than the branch that goes around it.
+        nodes = sorted(arriving, key=lambda item: self.depth[item].bit_count())
+        carried = arriving[nodes[0]]
+        before = nodes[0]
+        for item in nodes[1:]:
+            if arriving[item] is not carried:
+                carried = Join(stream, carried, arriving[item], (before.name, item.name))
+            before = item
+        return carried
+
+    def _identify(self, transports: Iterable[Transport]) -> Transport | None:
+        """Make transports one; None if they are joins of different things."""
+        distinct = list({id(item): item for item in map(settled, transports)}.values())
+        joins = [item for item in distinct if isinstance(item, Join)]
+        if len(joins) > 1:
+            return None
+        kept = joins[0] if joins else distinct[0]
+        for item in distinct:
+            if item is kept or not isinstance(item, Solve):
+                continue
+            if _contains(kept, item):
+                return None
+            if isinstance(kept, Solve):
+                kept.writers += item.writers
+            item.same = kept
+        return kept
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    """Whether a node is more than a size of the batch, which a parameter may be expanded by."""
+    value = node.meta.get("val")
+    return value is None or isinstance(value, (torch.Tensor, list, tuple))
+
+
+def _contains(transport: Transport, part: Transport) -> bool:
+    transport = settled(transport)
+    if transport is part:
+        return True
+    return isinstance(transport, Join) and (
+        _contains(transport.skip, part) or _contains(transport.branch, part)
+    )

@@ -1,0 +1,436 @@
+"""Flow solving: every layer gets the transport of its own units, given those carried into it.
+
+Each writer of a stream is aligned by what it computes: its activations, or its weights with the axes that
+read carried by the transports that arrive there. Residual connections combine two transports by policy.
+For two networks that are copies of each other, units permuted, all transports of a space agree and the
+alignment is exact; otherwise the aligned parent no longer computes what it did, since skip and branch of a
+residual stream are transported differently.
+
+References
+----------
+Imfeld et al., Transformer Fusion with Optimal Transport, ICLR 2024, arXiv 2310.05719, section 4.
+Singh and Jaggi, Model Fusion via Optimal Transport, NeurIPS 2020, arXiv 1910.05653.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import fx
+
+from fxfusion.layout import Block
+from fxfusion.plan import Plan
+from fxfusion.statistics import CrossMoments, Observation
+from fxfusion.symmetry import reading_axes
+from fxfusion.transport.assignment import assign
+from fxfusion.transport.carry import Carried, Join, Solve, Streams, Transport, Writer, settled
+from fxfusion.transport.compare import Comparison, compare, ground_cost
+from fxfusion.transport.cost import State, pairs
+from fxfusion.transport.hierarchy import (
+    Coupling,
+    Shape,
+    Tree,
+    costs_of,
+    identity,
+    solve_tree,
+    spread,
+    to_maps,
+    trees,
+)
+from fxfusion.transport.joint import Alignment
+from fxfusion.transport.map import BlockMaps, HardMap, Map, SoftMap, axis_of, transport_block
+from fxfusion.transport.options import Flow, Heads, Residual
+from fxfusion.transport.sinkhorn import sinkhorn
+
+Moments = Mapping[tuple[str, str], Sequence[CrossMoments]]  # by node and space
+
+
+def flow_observations(
+    plan: Plan, carried: Carried, streams: Streams, graph: fx.Graph, magnitudes: bool
+) -> dict[str, list[Observation]]:
+    """Choose where spaces are observed: where they are written and, for ``magnitudes``, joined.
+
+    Parameters
+    ----------
+    plan : Plan
+    carried : Carried
+    streams : Streams
+    graph : torch.fx.Graph
+    magnitudes : bool
+
+    Returns
+    -------
+    dict of str to list of Observation
+        By name of space.
+    """
+    wanted: set[tuple[str, str]] = set()
+    for transport in carried.transports():
+        if isinstance(transport, Solve):
+            wanted |= {(writer.node, transport.stream) for writer in transport.writers}
+        elif magnitudes:
+            wanted |= {(node, transport.stream) for node in transport.nodes}
+    found: dict[str, list[Observation]] = {space.name: [] for space in plan.spaces}
+    for node in graph.nodes:
+        for block in plan.activations.get(node.name, ()):
+            for stream, space, dimension, scope in streams.in_block(block.bind(block.sizes)):
+                if (node.name, stream) in wanted:
+                    found[space].append(Observation(node.name, block, dimension, tuple(scope)))
+    return found
+
+
+def solve_flow(
+    plan: Plan,
+    carried: Carried,
+    target: State,
+    source: State,
+    options: Flow,
+    coupling: Coupling,
+    moments: Moments | None = None,
+) -> Alignment:
+    """Solve the transports of one parent into the target's basis, layer by layer.
+
+    Parameters
+    ----------
+    plan : Plan
+    carried : Carried
+        From :func:`fxfusion.transport.carry.carry`.
+    target, source : mapping of str to torch.Tensor
+        Weights by the names that the graph uses.
+    options : Flow
+    coupling : Coupling
+        Hard or soft.
+    moments : mapping, optional
+        Of activations, by node and space; without them weights are compared.
+
+    Returns
+    -------
+    Alignment
+        With transports per parameter; ``maps`` are those that reach the end of every space.
+    """
+    solver = _FlowSolver(plan, carried, target, source, options, coupling, moments or {})
+    for transport in carried.writing.values():  # as the network computes
+        solver.maps(transport)
+    maps: dict[str, Map] = {}
+    for transport in carried.last.values():
+        maps.update(solver.maps(transport))
+    local = {
+        name: [solver.block_maps(name, block) for block in layout.blocks]
+        for name, layout in plan.layouts.items()
+    }
+    ends = {space.name: maps.get(space.name) or _identity(plan, space.name) for space in plan.spaces}
+    return Alignment(ends, solver.before, solver.after, 1, local)
+
+
+def act_locally(
+    plan: Plan, local: Mapping[str, Sequence[BlockMaps]], state: State
+) -> dict[str, torch.Tensor]:
+    """Carry transports that differ from parameter to parameter.
+
+    Parameters
+    ----------
+    plan : Plan
+    local : mapping of str to sequence of BlockMaps
+        By parameter, one per block.
+    state : mapping of str to torch.Tensor
+        Not written.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+    """
+    reading = reading_axes(plan)
+    moved = dict(state)
+    for name, layout in plan.layouts.items():
+        if not any(item.writing or item.reading for item in local[name]):
+            continue
+        tensor = state[name].detach()
+        moved[name] = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        for block, item in zip(layout.blocks, local[name], strict=True):
+            view = transport_block(
+                block, block.view(tensor), item.writing, reading.get(name, frozenset()), reads=item.reading
+            )
+            block.view(moved[name]).copy_(view)
+    return moved
+
+
+class _FlowSolver:
+    def __init__(
+        self,
+        plan: Plan,
+        carried: Carried,
+        target: State,
+        source: State,
+        options: Flow,
+        coupling: Coupling,
+        moments: Moments,
+    ) -> None:
+        assert isinstance(options.heads, Heads)
+        self.plan = plan
+        self.carried = carried
+        self.states = target, source
+        self.options = options
+        self.coupling = coupling
+        self.moments = moments
+        self.streams = Streams(plan, options.heads)
+        self.trees = {tree.root.name: tree for tree in trees(plan)}
+        self.reading = reading_axes(plan)
+        self.known: dict[int, dict[str, Map]] = {}
+        self.pending: set[int] = set()
+        self.before = {space.name: 0.0 for space in plan.spaces}
+        self.after = dict(self.before)
+
+    # -- transports -------------------------------------------------------------------------------
+
+    def maps(self, transport: Transport) -> dict[str, Map]:
+        """Return a transport's maps by space, solving what it needs first."""
+        transport = settled(transport)
+        key = id(transport)
+        if key not in self.known:
+            self.pending.add(key)
+            solved = self._join(transport) if isinstance(transport, Join) else self._solve(transport)
+            self.pending.remove(key)
+            self.known[key] = solved
+        return self.known[key]
+
+    def block_maps(self, name: str, block: Block) -> BlockMaps:
+        """Return what acts on a block of a parameter."""
+        chosen = BlockMaps()
+        for stream, space, dimension, _ in self.streams.in_block(block):
+            key = name, stream
+            reads = axis_of(block, dimension) in self.reading.get(name, frozenset())
+            first, second = self.carried.reading, self.carried.writing
+            transport = first.get(key, second.get(key)) if reads else second.get(key, first.get(key))
+            if transport is None:
+                continue
+            side = chosen.reading if reads else chosen.writing
+            found = self.maps(transport)
+            side.update({key: found[key] for key in (space, *self.streams.scopes[space]) if key in found})
+        return chosen
+
+    def _join(self, join: Join) -> dict[str, Map]:
+        skip, branch = self.maps(join.skip), self.maps(join.branch)
+        policy = self.options.residual
+        if policy is Residual.IDENTITY:
+            return {}
+        if policy in (Residual.SKIP, Residual.BRANCH):
+            return skip if policy is Residual.SKIP else branch
+        joined: dict[str, Map] = {}
+        for name in self._members(join.stream):
+            weight = self._share_of_skip(join, name)
+            pair = [_soft(maps.get(name), self.plan, name, len(self._scope(name))) for maps in (skip, branch)]
+            sides = []
+            for left, right in ((pair[0].write, pair[1].write), (pair[0].read, pair[1].read)):
+                share = weight.unsqueeze(-1).to(left.dtype) if weight.ndim else weight.to(left.dtype)
+                sides.append(share * left + (1.0 - share) * right)
+            joined[name] = SoftMap(pair[0].scope, sides[0], sides[1])
+        return joined
+
+    def _members(self, stream: str) -> list[str]:
+        if not self.streams.is_whole(stream):
+            return [*self._scope(stream), stream]
+        return [space.name for space in self.trees[stream].members]
+
+    def _scope(self, name: str) -> tuple[str, ...]:
+        return next(space.scope for space in (*self.plan.spaces, *self.plan.fixed) if space.name == name)
+
+    def _share_of_skip(self, join: Join, space: str) -> torch.Tensor:
+        """Return the weight of the skip's transport: a number, or one per unit of the target."""
+        half = torch.tensor(0.5, dtype=torch.float64)
+        if self.options.residual is Residual.MEAN or self._scope(
+            space
+        ):  # joins below others are not weighted
+            return half
+        skip = self._magnitude(join.skip, join.nodes[0], space)
+        branch = self._magnitude(join.branch, join.nodes[1], space)
+        if skip is None or branch is None:
+            return half
+        if self.options.residual is Residual.WEIGHTED_SCALAR:
+            skip, branch = skip.mean(), branch.mean()
+        total = skip + branch
+        return torch.where(total > 0, skip / total, half)
+
+    def _magnitude(self, part: Transport, node: str, space: str) -> torch.Tensor | None:
+        """Return the mean magnitude of every unit of the target in a part of a join."""
+        if node:
+            moments = self.moments.get((node, space))
+            return torch.stack([item.magnitude[0] for item in moments]).mean(0) if moments else None
+        part = settled(part)
+        assert isinstance(part, Solve)
+        return self._rows(part.writers[0].parameter, space, 0)[0].abs().mean(-1)
+
+    # -- layers -----------------------------------------------------------------------------------
+
+    def _solve(self, solve: Solve) -> dict[str, Map]:
+        costs = {}
+        whole = self.streams.is_whole(solve.stream)
+        for name in self._members(solve.stream) if whole else [solve.stream]:
+            compared = self._compare(solve, name)
+            if compared is not None:
+                costs[name] = ground_cost(compared, self.options.costs)
+        if whole:
+            return self._solve_tree(self.trees[solve.stream], costs)
+        return self._solve_flat(solve.stream, costs) if costs else {}
+
+    def _solve_tree(self, tree: Tree, costs: Mapping[str, torch.Tensor]) -> dict[str, Map]:
+        if not costs:
+            return {}
+        shaped = {}
+        for space in tree.members:
+            shape = Shape.of(self.plan, space)
+            cost = costs.get(space.name)
+            shaped[space.name] = (
+                torch.zeros(shape.cost, dtype=torch.float64) if cost is None else pairs(cost, shape)
+            )
+        solved = solve_tree(self.plan, tree, shaped, self.coupling)
+        self._count(costs_of(self.plan, tree, shaped, identity(self.plan, tree)), self.before)
+        self._count(costs_of(self.plan, tree, shaped, solved), self.after)
+        return to_maps(self.plan, tree, solved)
+
+    def _solve_flat(self, stream: str, costs: Mapping[str, torch.Tensor]) -> dict[str, Map]:
+        """Solve over all units of all outer units at once."""
+        space = self.plan[stream]
+        shape, cost = Shape.of(self.plan, space), costs[stream]
+        if self.coupling.regularisation is None:
+            index, values = assign(cost)
+            plans = torch.nn.functional.one_hot(index, cost.shape[-1]).double() / cost.shape[-2]
+        else:
+            plans, values = sinkhorn(cost, self.coupling.regularisation, self.coupling.absolute)
+        self._count({stream: float(cost.diagonal(dim1=-2, dim2=-1).sum())}, self.before)
+        self._count({stream: float(values.sum())}, self.after)
+        sides = []
+        for axis in (-1, -2):
+            side = plans / plans.sum(axis, keepdim=True).clamp_min(torch.finfo(plans.dtype).tiny)
+            side = side.reshape(shape.fixed, shape.outer, shape.size, shape.outer, shape.size)
+            sizes = [self.plan.scope_size(name) for name in space.scope]
+            fixed = sum(name in {item.name for item in self.plan.fixed} for name in space.scope)
+            sides.append(spread(side.permute(0, 1, 3, 2, 4), sizes, fixed))
+        maps: dict[str, Map] = {stream: SoftMap(space.scope, sides[0], sides[1])}
+        free = {item.name for item in self.plan.spaces}
+        for position, outer in enumerate(space.scope):
+            if outer in free:  # what an outer unit is coupled with is decided unit by unit below it
+                sizes = [self.plan.scope_size(name) for name in space.scope[:position]]
+                size = self.plan.scope_size(outer)
+                ones = torch.ones(*[above for above in sizes for _ in (0, 1)], size, size)
+                maps[outer] = SoftMap(space.scope[:position], ones, ones)
+        return maps
+
+    def _count(self, costs: Mapping[str, float], total: dict[str, float]) -> None:
+        for name, cost in costs.items():
+            total[name] += cost
+
+    def _compare(self, solve: Solve, space: str) -> Comparison | None:
+        nodes = dict.fromkeys(writer.node for writer in solve.writers)
+        scaling = self.options.costs.activations
+        found: list[Comparison] = [
+            Comparison.of_moments(item, scaling)
+            for node in nodes
+            for item in self.moments.get((node, space), ())
+        ]
+        if not found:
+            scaling = self.options.costs.weights
+            writers = self._compared(solve, space)
+            ready = [item for item in writers if not self._is_blocked(item.parameter)]
+            compared = [self._of_weights(writer, space) for writer in ready or writers]
+            found = [item for item in compared if item is not None]
+        return compare(found, scaling) if found else None
+
+    def _compared(self, solve: Solve, space: str) -> list[Writer]:
+        """Return the writers whose weights are compared: no vectors, unless asked for or alone."""
+        writers = [item for item in solve.writers if space in self.plan.layouts[item.parameter].spaces()]
+        wide = [item for item in writers if self.states[0][item.parameter].ndim > 1]
+        return writers if self.options.costs.bias or not wide else wide
+
+    def _of_weights(self, writer: Writer, space: str) -> Comparison | None:
+        rows = [self._rows(writer.parameter, space, side) for side in (0, 1)]
+        if not rows[0].numel():
+            return None
+        return Comparison.of_features(rows[0], rows[1], self.options.costs.weights)
+
+    def _rows(self, name: str, space: str, side: int) -> torch.Tensor:
+        """Return the weights that write each unit: ``[fixed, outer * units, features]``.
+
+        Those of the source are carried along the axes that read.
+        """
+        tensor = self.states[side][name].detach().float()
+        reading = self.reading.get(name, frozenset())
+        shape = Shape.of(self.plan, self.plan[space])
+        found = []
+        for block in self.plan.layouts[name].blocks:
+            for _, inner, dimension, scope in self.streams.in_block(block):
+                if inner != space or axis_of(block, dimension) in reading:
+                    continue
+                view = block.view(tensor)
+                carried, unknown = self._arriving(name, block)
+                if side:
+                    view = transport_block(block, view, {}, reading, reads=carried)
+                places = [*scope, dimension]
+                known = [place for place in range(view.ndim) if place not in (*places, *unknown)]
+                unknown = [place for place in unknown if place not in places]
+                view = view.permute(*places, *known, *unknown)
+                if unknown:  # in no order that could be compared
+                    view = view.flatten(view.ndim - len(unknown)).sort(-1).values
+                found.append(view.reshape(shape.fixed, shape.outer * shape.size, -1))
+        return torch.cat(found, -1) if found else torch.empty(0)
+
+    def _arriving(self, name: str, block: Block) -> tuple[dict[str, Map], list[int]]:
+        """Return what is carried into the axes of a block that only read, and dimensions not known yet."""
+        arriving: dict[str, Map] = {}
+        unknown = []
+        for stream, space, dimension, scope in self.streams.in_block(block):
+            transport = self.carried.reading.get((name, stream))
+            if transport is None or axis_of(block, dimension) not in self.reading.get(name, frozenset()):
+                continue
+            if self._needs_pending(transport):
+                unknown += [*scope, dimension]
+                continue
+            found = self.maps(transport)
+            names = (space, *self.streams.scopes[space])
+            arriving.update({key: found[key] for key in names if key in found})
+        return arriving, unknown
+
+    def _is_blocked(self, name: str) -> bool:
+        """Return whether a parameter reads what is being solved, such as the gate of its own signal."""
+        return any(
+            self._needs_pending(transport)
+            for (parameter, _), transport in self.carried.reading.items()
+            if parameter == name
+        )
+
+    def _needs_pending(self, transport: Transport) -> bool:
+        """Return whether a transport is being solved, or needs one that is."""
+        seen: set[int] = set()
+        pending = [settled(transport)]
+        while pending:
+            item = pending.pop()
+            if id(item) in seen or id(item) in self.known:
+                continue
+            seen.add(id(item))
+            if id(item) in self.pending:
+                return True
+            if isinstance(item, Join):
+                pending += [settled(item.skip), settled(item.branch)]
+            else:
+                names = {writer.parameter for writer in item.writers}
+                pending += [settled(found) for key, found in self.carried.reading.items() if key[0] in names]
+        return False
+
+
+def _soft(item: Map | None, plan: Plan, name: str, depth: int) -> SoftMap:
+    """Return a map as a soft one; none is the identity."""
+    if isinstance(item, SoftMap):
+        return item
+    item = item if item is not None else _identity(plan, name)
+    sizes, size = item.index.shape[:-1], item.index.shape[-1]
+    write = torch.nn.functional.one_hot(item.index, size).float()  # [target outer..., n, n]
+    for axis, outer in enumerate(sizes):  # alike for every source outer unit: the outer map picks
+        write = write.unsqueeze(2 * axis + 1).expand(
+            *write.shape[: 2 * axis + 1], outer, *write.shape[2 * axis + 1 :]
+        )
+    return SoftMap(item.scope, write, write)
+
+
+def _identity(plan: Plan, name: str) -> HardMap:
+    space = next(space for space in (*plan.spaces, *plan.fixed) if space.name == name)
+    sizes = [plan.scope_size(outer) for outer in space.scope]
+    return HardMap(space.scope, torch.arange(space.size).expand(*sizes, space.size))

@@ -1,0 +1,228 @@
+"""What can be chosen when transports are solved along the flow of a network, as in the paper.
+
+Every choice is an enumeration; :class:`Flow` and :class:`Costs` collect them. Defaults are what keeps a
+network's function where that is possible; :func:`fxfusion.reference` gives the published code's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from typing import Any
+
+from fxfusion.errors import OptionError
+
+
+class Residual(enum.Enum):
+    """How the transports of skip and branch combine where they are added (section 4.2.1 of the paper)."""
+
+    MEAN = "mean"
+    """The average of both."""
+    WEIGHTED_SCALAR = "weighted_scalar"
+    """Weighted by the mean magnitude of both activations."""
+    WEIGHTED_MATRIX = "weighted_matrix"
+    """Weighted unit by unit by the mean magnitude of both activations."""
+    SKIP = "skip"
+    """The skip's."""
+    BRANCH = "branch"
+    """The branch's."""
+    IDENTITY = "identity"
+    """None: units stay in their places."""
+
+
+class QueryKey(enum.Enum):
+    """The transports of queries and keys, whose product is taken unit by unit."""
+
+    SHARED = "shared"
+    """One transport from both: the only choice that keeps a network's function."""
+    SEPARATE = "separate"
+    """One each (the published code's default); needs ``Heads.IGNORED``."""
+
+
+class Heads(enum.Enum):
+    """Units that lie below others: head dimensions below heads, channels below groups."""
+
+    MATCHED = "matched"
+    """Heads are matched with heads, and dimensions within them."""
+    IGNORED = "ignored"
+    """All dimensions of all heads are units of one layer, as in the published code."""
+
+
+class Tables(enum.Enum):
+    """The transports of what is added to or put before a stream as it is: positions, class tokens."""
+
+    CARRIED = "carried"
+    """The transport of the stream that they meet."""
+    OWN = "own"
+    """One of their own from their own numbers; that of an added table is then the skip of a join."""
+
+
+class Metric(enum.Enum):
+    """Distance between the features of two units."""
+
+    SQUARED_EUCLIDEAN = "squared_euclidean"
+    EUCLIDEAN = "euclidean"
+    COSINE = "cosine"
+    """One minus the cosine; of centred features, one minus the correlation."""
+
+
+class Scaling(enum.Enum):
+    """What is done to the features of each unit before they are compared."""
+
+    RAW = "raw"
+    CENTRED = "centred"
+    STANDARDISED = "standardised"
+    """Centred, at unit variance."""
+    UNIT = "unit"
+    """At unit length."""
+
+
+class Normalisation(enum.Enum):
+    """What the ground costs are divided by, so that one regularisation fits all layers."""
+
+    NONE = "none"
+    MAX = "max"
+    MEAN = "mean"
+    MEDIAN = "median"
+    LOG = "log"
+    """Not divided: ``log(1 + cost)``."""
+
+
+def _choose(options: object, field: str, choices: type[enum.Enum]) -> None:
+    """Turn a field's text into the choice that it names."""
+    value = getattr(options, field)
+    try:
+        object.__setattr__(options, field, choices(value))
+    except ValueError as error:
+        known = ", ".join(repr(choice.value) for choice in choices)
+        raise OptionError(f"{field}={value!r}: give one of {known}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """How ground costs are computed.
+
+    Parameters
+    ----------
+    metric : Metric or str
+    activations, weights : Scaling or str
+        Applied to activations over samples, and to the weights that a unit is written with.
+    normalisation : Normalisation or str
+    clip : tuple of float, optional
+        Smallest and largest cost, after normalisation.
+    bias : bool
+        Whether biases are features, too, where weights are compared.
+
+    Raises
+    ------
+    OptionError
+        If a value is none of the choices.
+
+    Examples
+    --------
+    >>> Costs(metric="cosine").metric
+    <Metric.COSINE: 'cosine'>
+    """
+
+    metric: Metric | str = Metric.SQUARED_EUCLIDEAN
+    activations: Scaling | str = Scaling.STANDARDISED
+    weights: Scaling | str = Scaling.RAW
+    normalisation: Normalisation | str = Normalisation.MEAN
+    clip: tuple[float, float] | None = None
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        _choose(self, "metric", Metric)
+        _choose(self, "activations", Scaling)
+        _choose(self, "weights", Scaling)
+        _choose(self, "normalisation", Normalisation)
+        if self.clip is not None and not self.clip[0] <= self.clip[1]:
+            raise OptionError(f"clip={self.clip!r}: give the smallest and the largest cost")
+
+
+@dataclasses.dataclass(frozen=True)
+class Flow:
+    """Solve transports writer by writer along the network, each given what is carried into it.
+
+    Parameters
+    ----------
+    residual : Residual or str
+        What is carried on where a skip and a branch are added.
+    query_key : QueryKey or str
+    heads : Heads or str
+    tables : Tables or str
+    costs : Costs
+    regularisation : float, optional
+        Of soft couplings in absolute units of the normalised cost, in place of ``fuse``'s relative one.
+
+    Raises
+    ------
+    OptionError
+        If a value is none of the choices, or choices exclude each other.
+
+    References
+    ----------
+    Imfeld et al., Transformer Fusion with Optimal Transport, ICLR 2024, section 4.
+
+    Examples
+    --------
+    >>> Flow(residual="weighted_scalar").residual
+    <Residual.WEIGHTED_SCALAR: 'weighted_scalar'>
+    """
+
+    residual: Residual | str = Residual.MEAN
+    query_key: QueryKey | str = QueryKey.SHARED
+    heads: Heads | str = Heads.MATCHED
+    tables: Tables | str = Tables.CARRIED
+    costs: Costs = Costs()
+    regularisation: float | None = None
+
+    def __post_init__(self) -> None:
+        _choose(self, "residual", Residual)
+        _choose(self, "query_key", QueryKey)
+        _choose(self, "heads", Heads)
+        _choose(self, "tables", Tables)
+        if self.query_key is QueryKey.SEPARATE and self.heads is Heads.MATCHED:
+            raise OptionError(
+                'query_key="separate" with heads="matched": queries and keys of one head must stay together; '
+                'give heads="ignored"'
+            )
+        if self.regularisation is not None and not 0 < self.regularisation < math.inf:
+            raise OptionError(f"regularisation={self.regularisation!r}: give a positive number")
+
+    @classmethod
+    def parse(cls, text: str) -> Flow:
+        """Return the settings that a text names; fields of :class:`Costs` stand beside the others.
+
+        Raises
+        ------
+        OptionError
+            If the text names no such field, or gives one a value that it cannot have.
+
+        Examples
+        --------
+        >>> flow = Flow.parse("residual=skip, metric=cosine, regularisation=0.1")
+        >>> flow.residual, flow.costs.metric, flow.regularisation
+        (<Residual.SKIP: 'skip'>, <Metric.COSINE: 'cosine'>, 0.1)
+        """
+        own = {field.name for field in dataclasses.fields(cls)} - {"costs"}
+        costs = {field.name for field in dataclasses.fields(Costs)} - {"clip"}
+        given: dict[str, Any] = {}
+        for item in filter(None, (part.strip() for part in text.split(","))):
+            name, _, value = item.partition("=")
+            if name not in own | costs or not value:
+                known = ", ".join(sorted(own | costs))
+                raise OptionError(f"{item!r} is no setting of a flow: give NAME=VALUE, NAME one of {known}")
+            given[name] = value
+        try:
+            if "regularisation" in given:
+                given["regularisation"] = float(given["regularisation"])
+            if "bias" in given:
+                given["bias"] = {"true": True, "false": False}[given["bias"]]
+        except (ValueError, KeyError) as error:
+            raise OptionError(f"regularisation takes a number, bias true or false: {text!r}") from error
+        return cls(
+            costs=Costs(**{name: value for name, value in given.items() if name in costs}),
+            **{name: value for name, value in given.items() if name in own},
+        )

@@ -1,0 +1,346 @@
+"""Flow solving: transports layer by layer, their residual policies, and the costs they are solved from."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import ot
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import fxfusion
+from fxfusion import Costs, Flow
+from fxfusion.errors import CalibrationRequiredError, OptionError
+from fxfusion.state import state_of
+from fxfusion.statistics import CrossMoments
+from fxfusion.transport.carry import Carried, Join, Solve, carry, settled
+from fxfusion.transport.compare import Comparison, compare, ground_cost
+from fxfusion.transport.options import Metric, Scaling
+from tests import zoo
+
+PAPER = Costs(metric="euclidean", normalisation="max")
+DEFAULT = Flow()
+
+
+def follow(model: nn.Module, args: Any, kwargs: Any, flow: Flow = DEFAULT) -> Carried:
+    prepared = fxfusion.prepare(model, args, kwargs)
+    return carry(state_of(prepared).capture, fxfusion.plan(prepared), flow)
+
+
+# -- which transport reaches which parameter --------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tables", "joins"), [("carried", 4), ("own", 5)])
+def test_a_vit_joins_at_every_addition_of_its_residual_stream(tables: str, joins: int) -> None:
+    carried = follow(zoo.build("hf_vit"), *zoo.inputs("hf_vit"), Flow(tables=tables))
+    found = carried.transports()
+    assert sum(isinstance(item, Join) for item in found) == joins
+    first = next(item for item in found if isinstance(item, Join))
+    assert isinstance(first.skip, Solve)
+    skips = {writer.parameter for writer in first.skip.writers}
+    assert skips == {"vit.embeddings.position_embeddings"} if tables == "own" else len(skips) > 1
+
+
+def test_the_skip_is_what_the_branch_goes_around() -> None:
+    carried = follow(Residuals(), (torch.randn(2, 6),), {})
+    (join,) = (item for item in carried.transports() if isinstance(item, Join))
+    skip, branch = settled(join.skip), settled(join.branch)
+    assert isinstance(skip, Solve)
+    assert isinstance(branch, Solve)
+    assert skip.writers[0].parameter == "embed.weight"
+    assert branch.writers[0].parameter == "up.weight"
+
+
+@pytest.mark.parametrize(
+    ("flow", "together"),
+    [
+        (Flow(heads="matched"), [{"q", "k", "v"}]),
+        (Flow(heads="ignored"), [{"q", "k"}, {"v"}]),
+        (Flow(heads="ignored", query_key="separate"), [{"q"}, {"k"}, {"v"}]),
+    ],
+    ids=["matched", "ignored", "separate"],
+)
+def test_queries_keys_and_values(flow: Flow, together: list[set[str]]) -> None:
+    carried = follow(zoo.build("hf_vit"), *zoo.inputs("hf_vit"), flow)
+    found = [
+        {writer.parameter.split(".")[-2][0] for writer in item.writers}
+        for item in carried.transports()
+        if isinstance(item, Solve)
+        and any("layers.0.attention" in writer.parameter for writer in item.writers)
+    ]
+    assert [group for group in found if group != {"o"}] == together
+
+
+def test_a_gate_shares_the_transport_of_its_signal() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.signal, self.gate, self.after = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.after(self.signal(x) * self.gate(x).sigmoid())
+
+    (transport,) = follow(Gated(), (torch.randn(2, 6),), {}).transports()
+    assert isinstance(transport, Solve)
+    assert {item.parameter for item in transport.writers} >= {"signal.weight", "gate.weight"}
+
+
+# -- planted twins ----------------------------------------------------------------------------------
+
+TWINS = ["hf_vit", "bert", "gpt2", "llama", "t5", "opt", "resnet18", "regnetx_002", "mobilenetv3_small_050"]
+
+
+@pytest.mark.parametrize("heads", ["matched", "ignored"])
+@pytest.mark.parametrize("name", TWINS)
+def test_twins_are_recovered(name: str, heads: str) -> None:
+    args, kwargs = zoo.inputs(name)
+    prepared = fxfusion.prepare(zoo.build(name), args, kwargs)
+    twin = copy.deepcopy(prepared)
+    twin.load_state_dict(fxfusion.scramble(prepared, seed=2), strict=False)
+    result = fxfusion.fuse([twin, prepared], features="weights", flow=Flow(heads=heads, tables="own"))
+    state = result.state_dict()
+    for key, tensor in prepared.state_dict().items():
+        assert torch.equal(state[key], tensor), key
+
+
+@pytest.mark.parametrize("residual", ["mean", "weighted_scalar", "weighted_matrix", "skip", "branch"])
+def test_twins_are_recovered_from_activations_whatever_the_policy(residual: str) -> None:
+    args, kwargs = zoo.inputs("hf_vit")
+    prepared = fxfusion.prepare(zoo.build("hf_vit"), args, kwargs)
+    twin = copy.deepcopy(prepared)
+    twin.load_state_dict(fxfusion.scramble(prepared, seed=2))
+    batches = [{"pixel_values": torch.randn(16, *kwargs["pixel_values"].shape[1:])} for _ in range(4)]
+    result = fxfusion.fuse([twin, prepared], calibration=batches, flow=Flow(residual=residual))
+    for key, tensor in prepared.state_dict().items():
+        torch.testing.assert_close(result.state_dict()[key], tensor, rtol=0, atol=1e-5)
+
+
+# -- against formulas written out -------------------------------------------------------------------
+
+
+class Residuals(nn.Module):
+    """``head(norm(embed(x) + up(relu(down(embed(x))))))``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.down, self.up = nn.Linear(6, 5), nn.Linear(5, 7), nn.Linear(7, 5)
+        self.norm, self.head = nn.LayerNorm(5), nn.Linear(5, 3)
+        nn.init.normal_(self.norm.weight)
+        nn.init.normal_(self.norm.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        return self.head(self.norm(x + self.up(self.down(x).relu())))
+
+
+def coupling_of(target: torch.Tensor, source: torch.Tensor, regularisation: float | None) -> torch.Tensor:
+    """Return the transport matrix ``[source, target]`` of two layers' rows, columns summing to one."""
+    cost = torch.cdist(source.double(), target.double()).numpy()
+    cost /= cost.max()
+    masses = np.full(len(source), 1 / len(source)), np.full(len(target), 1 / len(target))
+    if regularisation is None:
+        plan = ot.emd(*masses, cost)
+    else:
+        plan = ot.sinkhorn(*masses, cost, regularisation, numItermax=100_000)
+    return torch.from_numpy(plan * len(source))
+
+
+def by_hand(
+    target: dict[str, torch.Tensor],
+    source: dict[str, torch.Tensor],
+    combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    regularisation: float | None,
+) -> dict[str, torch.Tensor]:
+    """Fuse two ``Residuals`` as equations 4 and 5 and section 4.2.1 of the paper say."""
+    a = {name: tensor.double() for name, tensor in source.items()}
+    b = {name: tensor.double() for name, tensor in target.items()}
+    embed = coupling_of(b["embed.weight"], a["embed.weight"], regularisation)
+    down_in = a["down.weight"] @ embed
+    down = coupling_of(b["down.weight"], down_in, regularisation)
+    up_in = a["up.weight"] @ down
+    up = coupling_of(b["up.weight"], up_in, regularisation)
+    joined = combine(embed, up)
+    aligned = {
+        "embed.weight": embed.T @ a["embed.weight"],
+        "embed.bias": embed.T @ a["embed.bias"],
+        "down.weight": down.T @ down_in,
+        "down.bias": down.T @ a["down.bias"],
+        "up.weight": up.T @ up_in,
+        "up.bias": up.T @ a["up.bias"],
+        "norm.weight": joined.T @ a["norm.weight"],
+        "norm.bias": joined.T @ a["norm.bias"],
+        "head.weight": a["head.weight"] @ joined,
+        "head.bias": a["head.bias"],
+    }
+    return {name: (tensor + b[name]) / 2 for name, tensor in aligned.items()}
+
+
+POLICIES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "mean": lambda skip, branch: (skip + branch) / 2,
+    "skip": lambda skip, branch: skip,
+    "branch": lambda skip, branch: branch,
+    "identity": lambda skip, branch: torch.eye(len(skip), dtype=skip.dtype),
+}
+
+
+@pytest.mark.parametrize("regularisation", [None, 0.06], ids=["hard", "soft"])
+@pytest.mark.parametrize("policy", list(POLICIES))
+def test_policies_do_what_the_paper_writes(policy: str, regularisation: float | None) -> None:
+    torch.manual_seed(3)
+    source, target = Residuals().double(), Residuals().double()
+    result = fxfusion.fuse(
+        [source, target],
+        (torch.randn(4, 6, dtype=torch.float64),),
+        features="weights",
+        coupling="hard" if regularisation is None else "soft",
+        flow=Flow(residual=policy, costs=PAPER, regularisation=regularisation),
+    )
+    expected = by_hand(target.state_dict(), source.state_dict(), POLICIES[policy], regularisation)
+    for name, tensor in result.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("policy", ["weighted_scalar", "weighted_matrix"])
+def test_weighted_policies_weigh_by_magnitude(policy: str) -> None:
+    torch.manual_seed(3)
+    source, target = Residuals().double(), Residuals().double()
+    x = torch.randn(64, 6, dtype=torch.float64)
+    result = fxfusion.fuse([source, target], (x,), calibration=[x], flow=Flow(residual=policy, costs=PAPER))
+
+    def layers(model: Residuals) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            embedded = model.embed(x)
+            return embedded, model.up(model.down(embedded).relu())
+
+    def standardised(values: torch.Tensor) -> torch.Tensor:
+        return ((values - values.mean(0)) / values.std(0)).T
+
+    seen = list(zip(layers(target), layers(source), strict=True))
+    transports = [coupling_of(standardised(a), standardised(b), None) for a, b in seen]
+    skip, branch = (side.abs().mean(0) for side in layers(target))
+    if policy == "weighted_scalar":
+        skip, branch = skip.mean(), branch.mean()
+    share = skip / (skip + branch)
+    joined = share * transports[0] + (1 - share) * transports[1]
+    expected = (joined.T @ source.norm.weight + target.norm.weight) / 2
+    torch.testing.assert_close(result.state_dict()["norm.weight"], expected, rtol=1e-4, atol=1e-5)
+
+
+# -- costs ------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    units=st.integers(2, 6),
+    samples=st.integers(3, 30),
+    scaling=st.sampled_from([Scaling.RAW, Scaling.CENTRED, Scaling.STANDARDISED, Scaling.UNIT]),
+    metric=st.sampled_from(list(Metric)),
+)
+def test_moments_give_the_costs_of_the_samples_themselves(
+    seed: int, units: int, samples: int, scaling: Scaling, metric: Metric
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (
+        3 + torch.randn(1, units, samples, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
+    moments = CrossMoments(1, units, units)
+    moments.update(left[..., :2], right[..., :2])
+    moments.update(left[..., 2:], right[..., 2:])
+    options = Costs(metric=metric, normalisation="none")
+    streamed = ground_cost(compare([Comparison.of_moments(moments, scaling)], scaling), options)
+    stored = ground_cost(compare([Comparison.of_features(left, right, scaling)], scaling), options)
+    torch.testing.assert_close(streamed, stored, rtol=1e-6, atol=1e-6 * samples)
+
+
+def test_costs_are_those_of_their_names() -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(1, 5, 9, generator=generator, dtype=torch.float64) for _ in range(2))
+    part = Comparison.of_features(left, right, "raw")
+
+    def cost(**options: object) -> torch.Tensor:
+        return ground_cost(part, Costs(**{"normalisation": "none", **options}))  # type: ignore[arg-type]
+
+    distances = torch.cdist(left, right)
+    torch.testing.assert_close(cost(metric="euclidean"), distances)
+    torch.testing.assert_close(cost(), distances.square())
+    cosines = torch.cosine_similarity(left[:, :, None], right[:, None], dim=-1)
+    torch.testing.assert_close(cost(metric="cosine"), 1 - cosines)
+    for name, scale in (("max", distances.max()), ("mean", distances.mean()), ("median", distances.median())):
+        torch.testing.assert_close(cost(metric="euclidean", normalisation=name), distances / scale)
+    torch.testing.assert_close(cost(metric="euclidean", normalisation="log"), distances.log1p())
+    torch.testing.assert_close(cost(metric="euclidean", clip=(3.0, 4.0)), distances.clamp(3, 4))
+
+
+# -- the published code's settings, and refusals ----------------------------------------------------
+
+
+@pytest.mark.parametrize("coupling", ["hard", "soft"])
+@pytest.mark.parametrize("features", ["weights", "activations"])
+def test_the_reference_preset_runs_on_a_vit(features: str, coupling: str) -> None:
+    args, kwargs = zoo.inputs("hf_vit")
+    models = [zoo.build("hf_vit", seed) for seed in (0, 1)]
+    result = fxfusion.fuse(
+        models,
+        args,
+        kwargs,
+        calibration=[kwargs] if features == "activations" else None,
+        **fxfusion.reference(features, coupling),
+    )
+    zoo.build("hf_vit").load_state_dict(result.state_dict())
+    assert "heads" in result.report.options["flow"]
+
+
+def test_separate_queries_and_keys_break_attention_and_matched_heads_do_not() -> None:
+    """A defect of the published code: its map of the queries is not that of the keys."""
+
+    class Attend(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(6, 8), nn.Linear(6, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k = (side(x).unflatten(-1, (2, 4)).transpose(1, 2) for side in (self.q, self.k))
+            return (q @ k.mT).softmax(-1).mean(1)
+
+    torch.manual_seed(0)
+    source, target = Attend().double(), Attend().double()
+    x = torch.randn(3, 5, 6, dtype=torch.float64)
+    changed = {}
+    for name, flow in (
+        ("separate", Flow(heads="ignored", query_key="separate")),
+        ("shared", Flow(heads="matched", query_key="shared")),
+    ):
+        fused = fxfusion.fuse([source, target], (x,), features="weights", flow=flow, weights=(1.0, 0.0))
+        changed[name] = float((fused.module(x) - source(x)).detach().abs().max())
+    assert changed["separate"] > 0.01
+    assert changed["shared"] < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Flow(residual="average"), "'weighted_matrix'"),
+        (lambda: Flow(query_key="separate"), 'heads="ignored"'),
+        (lambda: Flow(regularisation=0.0), "positive"),
+        (lambda: Costs(metric="manhattan"), "'cosine'"),
+        (lambda: Costs(clip=(2.0, 1.0)), "smallest"),
+        (lambda: Flow.parse("residual"), "NAME=VALUE"),
+        (lambda: Flow.parse("bias=perhaps"), "true or false"),
+    ],
+)
+def test_options_are_refused_with_what_would_do(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        make()
+
+
+def test_weighted_policies_need_activations() -> None:
+    models = [Residuals(), Residuals()]
+    with pytest.raises(CalibrationRequiredError, match="weighted_scalar"):
+        fxfusion.fuse(models, (torch.randn(2, 6),), flow=Flow(residual="weighted_scalar"))
