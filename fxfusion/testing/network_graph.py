@@ -372,6 +372,12 @@ class NetworkGraph:
                     factor.lose()
         return Stream(filled)
 
+    def written(self, stream: Stream) -> Stream:
+        """Return a stream after a parameter wrote it: what was repeated before has units of its own."""
+        if stream.opaque:
+            return stream
+        return Stream([[self._filled(factor) for factor in part] for part in stream.resolved()])
+
     def _filled(self, units: Units) -> Units:
         if units.kind != "blank":
             return units

@@ -212,7 +212,8 @@ class TiedAutoencoder(Layer):
         weight = net.parameter("weight", self.hidden, flow.shape.channels)
         code = net.call(aten.tanh.default, net.call(aten.linear.default, flow.node, weight))
         net.space("hidden", self.hidden)
-        return flow.to(net.call(aten.matmul.default, code, weight))
+        node = net.call(aten.matmul.default, code, weight)
+        return Flow(node, flow.shape, net.written(flow.stream))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,11 +8,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import nn
 
+from fxfusion.certify import randomise
 from fxfusion.errors import OptionError
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+_OTHERS = 7  # inputs drawn besides the given ones, for batch statistics
 _BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 
 
@@ -56,8 +59,8 @@ def perturb(model: nn.Module, inputs: Inputs, seed: int = 0) -> nn.Module:
     """Make a fresh model generic, and put it into evaluation mode.
 
     A norm's weight of one, a bias or a table of zero and untouched batch statistics would hide a transport
-    that forgot them. Batch statistics are first taken from the inputs themselves, then made random, so
-    that signals neither vanish nor explode on their way through.
+    that forgot them. Batch statistics are made random around those of the inputs, layer by layer, so that
+    signals neither vanish nor explode on their way through: a deep network amplifies rounding if they do.
 
     Parameters
     ----------
@@ -80,6 +83,13 @@ def perturb(model: nn.Module, inputs: Inputs, seed: int = 0) -> nn.Module:
     def normal(tensor: torch.Tensor, scale: float) -> torch.Tensor:
         return (torch.randn(tensor.shape, generator=generator) * scale).to(tensor.dtype)
 
+    def observe(norm: Any, args: tuple[torch.Tensor, ...]) -> None:
+        """Give a batch norm statistics near those of what arrives, however far upstream was moved."""
+        samples = args[0].transpose(0, 1).flatten(1)
+        mean, variance = samples.mean(1), samples.var(1, correction=0)
+        norm.running_mean.copy_(mean + variance.sqrt() * normal(mean, 0.3))
+        norm.running_var.copy_((variance * uniform(variance, 0.6, 1.6)).clamp(min=1e-3))
+
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim <= 1 and name.endswith(("weight", "gamma", "scale")):
@@ -87,29 +97,25 @@ def perturb(model: nn.Module, inputs: Inputs, seed: int = 0) -> nn.Module:
             elif parameter.ndim <= 1 or not parameter.any():
                 parameter.copy_(normal(parameter, 0.2))
         model.eval()
-        norms = [module for module in model.modules() if isinstance(module, _BATCH_NORMS)]
-        _observe(model, norms, inputs)
-        for norm in norms:
-            mean, variance = norm.running_mean, norm.running_var
-            if mean is not None and variance is not None:
-                mean.add_(variance.sqrt() * normal(mean, 0.3))
-                variance.mul_(uniform(variance, 0.6, 1.6)).clamp_(min=1e-3)
+        hooks = [
+            module.register_forward_pre_hook(observe)
+            for module in model.modules()
+            if isinstance(module, _BATCH_NORMS) and module.running_mean is not None
+        ]
+        if hooks:
+            args, kwargs = _more(inputs, generator)
+            model(*args, **kwargs)
+        for hook in hooks:
+            hook.remove()
     return model
 
 
-def _observe(model: nn.Module, norms: Sequence[Any], inputs: Inputs) -> None:
-    """Run once with batch norms alone in training mode, so that they hold the inputs' statistics."""
-    if not norms:
-        return
-    momenta = [norm.momentum for norm in norms]
-    try:
-        for norm in norms:
-            norm.train()
-            norm.momentum = 1.0
-        model(*inputs[0], **inputs[1])
-    except ValueError:  # one value per channel has no variance: keep what is there
-        pass
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.eval()
-            norm.momentum = momentum
+def _more(inputs: Inputs, generator: torch.Generator) -> Inputs:
+    """Return inputs followed by others of their kind: statistics of two samples fit no third."""
+    others = [randomise(inputs, generator) for _ in range(_OTHERS)]
+
+    def join(leaf: Any, *more: Any) -> Any:
+        return torch.cat([leaf, *more]) if isinstance(leaf, torch.Tensor) and leaf.ndim else leaf
+
+    joined: Inputs = pytree.tree_map(join, inputs, *others)
+    return joined
