@@ -251,6 +251,7 @@ def fuse(
     outputs: Sequence[str] | None = None,
     regularisation: float | None = None,
     flow: Flow | None = None,
+    rounds: int = 0,
     progress: Progress | None = None,
 ) -> FusionResult:
     """Fuse models of one architecture: align their units by optimal transport, then average.
@@ -283,6 +284,9 @@ def fuse(
         Solve transports layer by layer along the network, as the paper does, with the choices given. By
         default there is one transport per space, solved from everything that touches it: better, and the
         aligned parent keeps its function.
+    rounds : int
+        With three models or more: how often each is aligned anew with the average of the others, as long as
+        that brings them closer together. By default every one is aligned with the target alone.
     progress : callable ``(stage, done, total)``, optional
 
     Returns
@@ -324,6 +328,8 @@ def fuse(
         )
     if regularisation is not None and not 0 < regularisation < float("inf"):
         raise OptionError(f"regularisation={regularisation!r}: give a positive number")
+    if rounds < 0 or (rounds and flow is not None):
+        raise OptionError(f"rounds={rounds}: give 0 or more, and 0 with flow")
     models = models if isinstance(models, torch.nn.Module) else list(models)
     states = check_parents(models, target)
     shares = check_shares(weights, len(models))
@@ -344,7 +350,7 @@ def fuse(
     softness = SOFT_REGULARISATION if regularisation is None else regularisation
     observed = batches if features == "activations" else None
     passes: list[FusionPass] = [
-        _solver(flow, states, target, observed, coupling, softness, show),
+        _solver(flow, states, target, observed, coupling, softness, rounds, show),
         ApplyTransports(),
         Merge(shares),
         Repair(batches, show),
@@ -376,11 +382,12 @@ def _solver(
     batches: Batches | None,
     coupling: str,
     softness: float,
+    rounds: int,
     show: Progress,
 ) -> FusionPass:
     soft = coupling == "soft"
     if flow is None:
-        return Align(parents, target, batches, Coupling(softness if soft else None), show)
+        return Align(parents, target, batches, Coupling(softness if soft else None), show, rounds)
     absolute = flow.regularisation is not None
     regularisation = flow.regularisation if flow.regularisation is not None else softness
     entropic = Coupling(regularisation if soft else None, absolute)

@@ -14,6 +14,7 @@ from fxfusion.passes.base import FusionPass
 from fxfusion.progress import Progress, silent
 from fxfusion.state import state_of
 from fxfusion.statistics import collect
+from fxfusion.transport.barycenter import align_together
 from fxfusion.transport.hierarchy import Coupling
 from fxfusion.transport.joint import align
 
@@ -33,6 +34,8 @@ class Align(FusionPass):
     coupling : Coupling
         Hard or soft.
     progress : callable, optional
+    rounds : int
+        With three parents or more: how often each is aligned with the average of the others at most.
     """
 
     parents: Sequence[dict[str, torch.Tensor]]
@@ -40,6 +43,7 @@ class Align(FusionPass):
     batches: Batches | None = None
     coupling: Coupling = dataclasses.field(default_factory=Coupling)
     progress: Progress = silent
+    rounds: int = 0
 
     def requires(self, graph_module: GraphModule) -> None:
         """There is a plan."""
@@ -75,6 +79,17 @@ class Align(FusionPass):
             )
             for index, parent in enumerate(state.parents)
         ]
+        if self.rounds and len(state.parents) > 2:
+            state.alignments = align_together(
+                state.plan,
+                state.parents,
+                state.alignments,
+                state.target,
+                self.coupling,
+                moments,
+                self.rounds,
+                self.progress,
+            )
         return PassResult(graph_module, False)
 
     def ensures(self, graph_module: GraphModule) -> None:
