@@ -390,7 +390,9 @@ def _solver(
         return Align(parents, target, batches, Coupling(softness if soft else None), show, rounds)
     absolute = flow.regularisation is not None
     regularisation = flow.regularisation if flow.regularisation is not None else softness
-    entropic = Coupling(regularisation if soft else None, absolute)
+    if flow.relaxation is not None and not soft:
+        raise OptionError('relaxation is of soft couplings: give coupling="soft"')
+    entropic = Coupling(regularisation if soft else None, absolute, flow.relaxation)
     return AlignFlow(parents, target, flow, batches, entropic, show)
 
 

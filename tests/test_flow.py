@@ -21,6 +21,7 @@ from fxfusion.state import state_of
 from fxfusion.statistics import CrossMoments
 from fxfusion.transport.carry import Carried, Join, Solve, carry, settled
 from fxfusion.transport.compare import Comparison, compare, ground_cost
+from fxfusion.transport.hierarchy import Coupling
 from fxfusion.transport.options import Metric, Scaling
 from tests import zoo
 
@@ -276,6 +277,73 @@ def test_costs_are_those_of_their_names() -> None:
         torch.testing.assert_close(cost(metric="euclidean", normalisation=name), distances / scale)
     torch.testing.assert_close(cost(metric="euclidean", normalisation="log"), distances.log1p())
     torch.testing.assert_close(cost(metric="euclidean", clip=(3.0, 4.0)), distances.clamp(3, 4))
+
+
+# -- couplings --------------------------------------------------------------------------------------
+
+
+def problem(
+    seed: int, target: int = 6, source: int = 6
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    cost = torch.rand(1, target, source, generator=generator, dtype=torch.float64)
+    masses = [
+        torch.rand(1, size, generator=generator, dtype=torch.float64) + 0.1 for size in (target, source)
+    ]
+    return cost, (masses[0] / masses[0].sum(), masses[1] / masses[1].sum())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_couplings_with_masses_are_those_of_pot(seed: int) -> None:
+    cost, masses = problem(seed)
+    a, b, matrix = (item[0].numpy() for item in (*masses, cost))
+    _, exact, value = Coupling().solve(cost, masses)
+    assert float(value) == pytest.approx(6 * ot.emd2(a, b, matrix))
+    assert exact is not None
+    torch.testing.assert_close(exact.sum(2), masses[0])
+    torch.testing.assert_close(exact.sum(1), masses[1])
+    _, soft, _ = Coupling(0.1, absolute=True).solve(cost, masses)
+    assert soft is not None
+    expected = torch.from_numpy(ot.sinkhorn(a, b, matrix, 0.1, numItermax=100_000))
+    torch.testing.assert_close(soft[0], expected, rtol=1e-3, atol=1e-6)
+    _, loose, _ = Coupling(0.1, absolute=True, relaxation=0.5).solve(cost, masses)
+    assert loose is not None
+    expected = torch.from_numpy(ot.unbalanced.sinkhorn_unbalanced(a, b, matrix, 0.1, 0.5))
+    torch.testing.assert_close(loose[0], expected, rtol=1e-3, atol=1e-6)
+    assert float(loose.sum()) < 0.99
+
+
+def test_uniform_masses_are_an_assignment() -> None:
+    cost, _ = problem(0)
+    alike = torch.full((1, 6), 1 / 6, dtype=torch.float64)
+    index, _, value = Coupling().solve(cost)
+    _, plans, same = Coupling().solve(cost, (alike, alike))
+    assert index is not None
+    assert plans is not None
+    torch.testing.assert_close(value, same)
+    assert torch.equal(plans.argmax(-1), index)
+
+
+@pytest.mark.parametrize("heads", ["matched", "ignored"])
+def test_twins_are_recovered_whatever_their_units_weigh(heads: str) -> None:
+    args, kwargs = zoo.inputs("hf_vit")
+    prepared = fxfusion.prepare(zoo.build("hf_vit"), args, kwargs)
+    twin = copy.deepcopy(prepared)
+    twin.load_state_dict(fxfusion.scramble(prepared, seed=2))
+    flow = Flow(marginals="magnitude", heads=heads)
+    state = fxfusion.fuse([twin, prepared], features="weights", flow=flow).state_dict()
+    for key, tensor in prepared.state_dict().items():
+        torch.testing.assert_close(state[key], tensor, rtol=0, atol=1e-5)
+
+
+def test_unbalanced_couplings_fuse() -> None:
+    models = [Residuals(), Residuals()]
+    x = (torch.randn(2, 6),)
+    flow = Flow(regularisation=0.1, relaxation=0.5)
+    fused = fxfusion.fuse(models, x, features="weights", coupling="soft", flow=flow)
+    assert fused.module(*x).isfinite().all()
+    with pytest.raises(OptionError, match="soft"):
+        fxfusion.fuse(models, x, features="weights", flow=flow)
 
 
 # -- the published code's settings, and refusals ----------------------------------------------------

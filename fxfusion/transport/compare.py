@@ -44,6 +44,16 @@ class Comparison:
         """Compare by the features of both."""
         return Comparison(self.cross + other.cross, self.target + other.target, self.source + other.source)
 
+    @property
+    def masses(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Length of every unit's features, of target and source: ``[batch, units]``, summing to one.
+
+        None is zero, so that every unit is transported.
+        """
+        lengths = [side.sqrt() for side in (self.target, self.source)]
+        lengths = [side.clamp_min(1e-6 * float(side.max()) or 1.0) for side in lengths]
+        return lengths[0] / lengths[0].sum(-1, keepdim=True), lengths[1] / lengths[1].sum(-1, keepdim=True)
+
     @classmethod
     def of_features(cls, target: torch.Tensor, source: torch.Tensor, scaling: Scaling | str) -> Comparison:
         """Compare explicit features.

@@ -23,7 +23,7 @@ from fxfusion.layout import Block
 from fxfusion.plan import Plan
 from fxfusion.statistics import CrossMoments, Observation
 from fxfusion.symmetry import reading_axes
-from fxfusion.transport.assignment import assign
+from fxfusion.transport.assignment import Masses
 from fxfusion.transport.carry import Carried, Join, Solve, Streams, Transport, Writer, settled
 from fxfusion.transport.compare import Comparison, compare, ground_cost
 from fxfusion.transport.cost import State, pairs
@@ -40,8 +40,7 @@ from fxfusion.transport.hierarchy import (
 )
 from fxfusion.transport.joint import Alignment
 from fxfusion.transport.map import BlockMaps, HardMap, Map, SoftMap, axis_of, transport_block
-from fxfusion.transport.options import Flow, Heads, Residual
-from fxfusion.transport.sinkhorn import sinkhorn
+from fxfusion.transport.options import Flow, Heads, Marginals, Residual, Scaling
 
 Moments = Mapping[tuple[str, str], Sequence[CrossMoments]]  # by node and space
 
@@ -263,39 +262,47 @@ class _FlowSolver:
 
     def _solve(self, solve: Solve) -> dict[str, Map]:
         costs = {}
+        masses = {}
         whole = self.streams.is_whole(solve.stream)
         for name in self._members(solve.stream) if whole else [solve.stream]:
             compared = self._compare(solve, name)
             if compared is not None:
                 costs[name] = ground_cost(compared, self.options.costs)
+                if self.options.marginals is Marginals.MAGNITUDE:
+                    masses[name] = self._magnitudes(solve, name).masses
         if whole:
-            return self._solve_tree(self.trees[solve.stream], costs)
-        return self._solve_flat(solve.stream, costs) if costs else {}
+            return self._solve_tree(self.trees[solve.stream], costs, masses)
+        return self._solve_flat(solve.stream, costs[solve.stream], masses) if costs else {}
 
-    def _solve_tree(self, tree: Tree, costs: Mapping[str, torch.Tensor]) -> dict[str, Map]:
+    def _solve_tree(
+        self, tree: Tree, costs: Mapping[str, torch.Tensor], masses: Mapping[str, Masses]
+    ) -> dict[str, Map]:
         if not costs:
             return {}
         shaped = {}
+        weighed = dict(masses)
         for space in tree.members:
             shape = Shape.of(self.plan, space)
             cost = costs.get(space.name)
+            if masses and space.name not in masses:
+                alike = torch.ones(shape.fixed, shape.outer * shape.size, dtype=torch.float64)
+                weighed[space.name] = alike, alike
             shaped[space.name] = (
                 torch.zeros(shape.cost, dtype=torch.float64) if cost is None else pairs(cost, shape)
             )
-        solved = solve_tree(self.plan, tree, shaped, self.coupling)
+        solved = solve_tree(self.plan, tree, shaped, self.coupling, weighed)
         self._count(costs_of(self.plan, tree, shaped, identity(self.plan, tree)), self.before)
         self._count(costs_of(self.plan, tree, shaped, solved), self.after)
         return to_maps(self.plan, tree, solved)
 
-    def _solve_flat(self, stream: str, costs: Mapping[str, torch.Tensor]) -> dict[str, Map]:
+    def _solve_flat(self, stream: str, cost: torch.Tensor, masses: Mapping[str, Masses]) -> dict[str, Map]:
         """Solve over all units of all outer units at once."""
         space = self.plan[stream]
-        shape, cost = Shape.of(self.plan, space), costs[stream]
-        if self.coupling.regularisation is None:
-            index, values = assign(cost)
-            plans = torch.nn.functional.one_hot(index, cost.shape[-1]).double() / cost.shape[-2]
-        else:
-            plans, values = sinkhorn(cost, self.coupling.regularisation, self.coupling.absolute)
+        shape = Shape.of(self.plan, space)
+        index, plans, values = self.coupling.solve(cost, masses.get(stream))
+        if plans is None:
+            assert index is not None
+            plans = torch.nn.functional.one_hot(index, cost.shape[-1]).double()
         self._count({stream: float(cost.diagonal(dim1=-2, dim2=-1).sum())}, self.before)
         self._count({stream: float(values.sum())}, self.after)
         sides = []
@@ -319,19 +326,25 @@ class _FlowSolver:
         for name, cost in costs.items():
             total[name] += cost
 
-    def _compare(self, solve: Solve, space: str) -> Comparison | None:
+    def _magnitudes(self, solve: Solve, space: str) -> Comparison:
+        """Return the features of a layer as they are, whatever they are scaled to for the costs."""
+        found = self._compare(solve, space, Scaling.RAW)
+        assert found is not None
+        return found
+
+    def _compare(self, solve: Solve, space: str, forced: Scaling | None = None) -> Comparison | None:
         nodes = dict.fromkeys(writer.node for writer in solve.writers)
-        scaling = self.options.costs.activations
+        scaling = forced or self.options.costs.activations
         found: list[Comparison] = [
             Comparison.of_moments(item, scaling)
             for node in nodes
             for item in self.moments.get((node, space), ())
         ]
         if not found:
-            scaling = self.options.costs.weights
+            scaling = forced or self.options.costs.weights
             writers = self._compared(solve, space)
             ready = [item for item in writers if not self._is_blocked(item.parameter)]
-            compared = [self._of_weights(writer, space) for writer in ready or writers]
+            compared = [self._of_weights(writer, space, scaling) for writer in ready or writers]
             found = [item for item in compared if item is not None]
         return compare(found, scaling) if found else None
 
@@ -341,11 +354,11 @@ class _FlowSolver:
         wide = [item for item in writers if self.states[0][item.parameter].ndim > 1]
         return writers if self.options.costs.bias or not wide else wide
 
-    def _of_weights(self, writer: Writer, space: str) -> Comparison | None:
+    def _of_weights(self, writer: Writer, space: str, scaling: Scaling | str) -> Comparison | None:
         rows = [self._rows(writer.parameter, space, side) for side in (0, 1)]
         if not rows[0].numel():
             return None
-        return Comparison.of_features(rows[0], rows[1], self.options.costs.weights)
+        return Comparison.of_features(rows[0], rows[1], scaling)
 
     def _rows(self, name: str, space: str, side: int) -> torch.Tensor:
         """Return the weights that write each unit: ``[fixed, outer * units, features]``.

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from fxfusion.plan import Plan, Space
-from fxfusion.transport.assignment import assign
+from fxfusion.transport.assignment import Masses, assign, emd
 from fxfusion.transport.map import HardMap, Map, SoftMap
 from fxfusion.transport.sinkhorn import sinkhorn
 
@@ -28,10 +28,37 @@ class Coupling:
     regularisation : float or None
     absolute : bool
         Whether it is meant in units of the cost, not of the mean cost.
+    relaxation : float or None
+        Of a soft coupling: price of mass that is not transported, in the same units; None for balanced.
     """
 
     regularisation: float | None = None
     absolute: bool = False
+    relaxation: float | None = None
+
+    def solve(
+        self, costs: torch.Tensor, masses: Masses | None = None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+        """Solve a batch of problems.
+
+        Parameters
+        ----------
+        costs : torch.Tensor
+            ``[batch, target, source]``.
+        masses : tuple of torch.Tensor, optional
+            Of the target's and the source's units, ``[batch, units]``; uniform by default.
+
+        Returns
+        -------
+        index, plans, values
+            An index for a one-to-one coupling, else plans (the other is None), and the costs.
+        """
+        if self.regularisation is not None:
+            return None, *sinkhorn(costs, self.regularisation, self.absolute, self.relaxation, masses)
+        if masses is not None:
+            return None, *emd(costs, masses)
+        index, values = assign(costs)
+        return index, None, values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +143,11 @@ class Solution:
 
 
 def solve_tree(
-    plan: Plan, tree: Tree, costs: Mapping[str, torch.Tensor], coupling: Coupling
+    plan: Plan,
+    tree: Tree,
+    costs: Mapping[str, torch.Tensor],
+    coupling: Coupling,
+    masses: Mapping[str, Masses] | None = None,
 ) -> dict[str, Solution]:
     """Solve a tree of spaces, innermost first.
 
@@ -127,6 +158,8 @@ def solve_tree(
     costs : mapping of str to torch.Tensor
         Per space, of shape :attr:`Shape.cost`.
     coupling : Coupling
+    masses : mapping of str to tuple of torch.Tensor, optional
+        Per space, of the target's and the source's units, ``[fixed, outer * units]``; uniform by default.
 
     Returns
     -------
@@ -140,13 +173,22 @@ def solve_tree(
             if len(child.scope) and child.scope[-1] == space.name:
                 cost += _child_values(plan, space, child, solved[child.name])
         flat = cost.reshape(-1, shape.size, shape.size)
-        if coupling.regularisation is None:
-            index, values = assign(flat)
-            solved[space.name] = Solution(index.reshape(shape.cost[:4]), None, values.reshape(shape.cost[:3]))
-        else:
-            plans, values = sinkhorn(flat, coupling.regularisation, coupling.absolute)
-            solved[space.name] = Solution(None, plans.reshape(shape.cost), values.reshape(shape.cost[:3]))
+        given = (masses or {}).get(space.name)
+        index, plans, values = coupling.solve(flat, None if given is None else _paired(given, shape))
+        solved[space.name] = Solution(
+            None if index is None else index.reshape(shape.cost[:4]),
+            None if plans is None else plans.reshape(shape.cost),
+            values.reshape(shape.cost[:3]),
+        )
     return solved
+
+
+def _paired(masses: Masses, shape: Shape) -> Masses:
+    """Return the masses of the units within every pair of outer units, each set summing to one."""
+    target, source = (side.reshape(shape.fixed, shape.outer, shape.size) for side in masses)
+    target = target.unsqueeze(2).expand(*shape.cost[:3], shape.size).reshape(-1, shape.size)
+    source = source.unsqueeze(1).expand(*shape.cost[:3], shape.size).reshape(-1, shape.size)
+    return target / target.sum(-1, keepdim=True), source / source.sum(-1, keepdim=True)
 
 
 def _child_values(plan: Plan, parent: Space, child: Space, solution: Solution) -> torch.Tensor:

@@ -99,6 +99,16 @@ def _choose(options: object, field: str, choices: type[enum.Enum]) -> None:
         raise OptionError(f"{field}={value!r}: give one of {known}") from error
 
 
+class Marginals(enum.Enum):
+    """How much mass each unit has that is transported."""
+
+    UNIFORM = "uniform"
+    """All alike."""
+    MAGNITUDE = "magnitude"
+    """As large as its features: the root mean square of its activations, or of its weights. A unit may then
+    be coupled with several, also by a hard coupling."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Costs:
     """How ground costs are computed.
@@ -153,8 +163,12 @@ class Flow:
     heads : Heads or str
     tables : Tables or str
     costs : Costs
+    marginals : Marginals or str
     regularisation : float, optional
         Of soft couplings in absolute units of the normalised cost, in place of ``fuse``'s relative one.
+    relaxation : float, optional
+        Of soft couplings: price of mass that is not transported (unbalanced transport), in units of the
+        normalised cost; by default all of it is.
 
     Raises
     ------
@@ -176,20 +190,25 @@ class Flow:
     heads: Heads | str = Heads.MATCHED
     tables: Tables | str = Tables.CARRIED
     costs: Costs = Costs()
+    marginals: Marginals | str = Marginals.UNIFORM
     regularisation: float | None = None
+    relaxation: float | None = None
 
     def __post_init__(self) -> None:
         _choose(self, "residual", Residual)
         _choose(self, "query_key", QueryKey)
         _choose(self, "heads", Heads)
         _choose(self, "tables", Tables)
+        _choose(self, "marginals", Marginals)
         if self.query_key is QueryKey.SEPARATE and self.heads is Heads.MATCHED:
             raise OptionError(
                 'query_key="separate" with heads="matched": queries and keys of one head must stay together; '
                 'give heads="ignored"'
             )
-        if self.regularisation is not None and not 0 < self.regularisation < math.inf:
-            raise OptionError(f"regularisation={self.regularisation!r}: give a positive number")
+        for field in ("regularisation", "relaxation"):
+            value = getattr(self, field)
+            if value is not None and not 0 < value < math.inf:
+                raise OptionError(f"{field}={value!r}: give a positive number")
 
     @classmethod
     def parse(cls, text: str) -> Flow:
@@ -216,12 +235,15 @@ class Flow:
                 raise OptionError(f"{item!r} is no setting of a flow: give NAME=VALUE, NAME one of {known}")
             given[name] = value
         try:
-            if "regularisation" in given:
-                given["regularisation"] = float(given["regularisation"])
+            for name in ("regularisation", "relaxation"):
+                if name in given:
+                    given[name] = float(given[name])
             if "bias" in given:
                 given["bias"] = {"true": True, "false": False}[given["bias"]]
         except (ValueError, KeyError) as error:
-            raise OptionError(f"regularisation takes a number, bias true or false: {text!r}") from error
+            raise OptionError(
+                f"regularisation and relaxation take a number, bias true or false: {text!r}"
+            ) from error
         return cls(
             costs=Costs(**{name: value for name, value in given.items() if name in costs}),
             **{name: value for name, value in given.items() if name in own},

@@ -314,6 +314,7 @@ _CLASSES = {  # where the auto classes would take a distilled twin, or a model w
     "clip_vision_model": "CLIPVisionModelWithProjection",
     "deit": "DeiTForImageClassification",
     "levit": "LevitForImageClassification",
+    "patchtst": "PatchTSTForPrediction",
     "timesfm": "TimesFmModelForPrediction",
     "vit_mae": "ViTMAEForPreTraining",
 }
