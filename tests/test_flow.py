@@ -282,14 +282,10 @@ def test_costs_are_those_of_their_names() -> None:
 # -- couplings --------------------------------------------------------------------------------------
 
 
-def problem(
-    seed: int, target: int = 6, source: int = 6
-) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+def problem(seed: int) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(seed)
-    cost = torch.rand(1, target, source, generator=generator, dtype=torch.float64)
-    masses = [
-        torch.rand(1, size, generator=generator, dtype=torch.float64) + 0.1 for size in (target, source)
-    ]
+    cost = torch.rand(1, 6, 6, generator=generator, dtype=torch.float64)
+    masses = [torch.rand(1, 6, generator=generator, dtype=torch.float64) + 0.1 for _ in range(2)]
     return cost, (masses[0] / masses[0].sum(), masses[1] / masses[1].sum())
 
 
