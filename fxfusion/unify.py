@@ -115,8 +115,10 @@ class Unifier:
         first, second = origins or (leaf, other)
         first = first if isinstance(first, Leaf) else leaf
         if isinstance(other, Leaf):
-            # Two leaves that are fixed already have a way each to a first cause, and need no other.
-            if not (leaf.fixed and other.fixed):
+            # Two leaves that are fixed already have a way each to a first cause, and need no other; that
+            # they are one is no news.
+            known = bool(leaf.fixed and other.fixed)
+            if not known:
                 self._link(first, [second if isinstance(second, Leaf) else other])
             younger, older = (leaf, other) if leaf.serial > other.serial else (other, leaf)
             if younger.fixed and not older.fixed:
@@ -127,7 +129,8 @@ class Unifier:
                 older.route = None
             older.independent += younger.independent
             younger.bound = older
-            self._changed(younger)
+            if not known:
+                self._changed(younger)
             return older
         if leaf in atoms_of(other):
             self.collapse(other)
@@ -136,7 +139,8 @@ class Unifier:
         descendants = list(dict.fromkeys(leaves_of(structure)))
         self._link(first, descendants, structure)
         leaf.bound = structure
-        self._changed(leaf)
+        if not leaf.fixed or any(descendant.fixed is None for descendant in descendants):
+            self._changed(leaf)
         if isinstance(structure, Product):
             leaf.groups.add(next(self._groups))
         self._inherit(leaf, descendants)
