@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from fxfusion.axes import (
     Axis,
@@ -226,8 +226,18 @@ class Unifier:
         return product(joined)
 
     def _unify_sums(self, left: Axis, right: Axis) -> Axis:
+        """Go from one common boundary of both sums to the next; what does not agree is fixed up to there."""
+        joined = []
+        for first, second in _segments(parts_of(left), parts_of(right)):
+            try:
+                joined.append(self._unify_parts(list(first), list(second)))
+            except _ClashError:
+                joined.append(self.clash([concatenation(first), concatenation(second)]))
+        return concatenation(joined)
+
+    def _unify_parts(self, first: list[Axis], second: list[Axis]) -> Axis:
         """Walk both part lists, cutting the larger part at the smaller."""
-        first, second, joined = parts_of(left), parts_of(right), []
+        joined = []
         while first and second:
             a, b = first.pop(0), second.pop(0)
             if a.size > b.size:
@@ -496,6 +506,23 @@ def _align(first: list[Axis], second: list[Axis]) -> None:
 
 def _mergeable(factors: Sequence[Axis]) -> bool:
     return len(factors) > 1 and merge_fixed(factors[0], factors[1]) is not None
+
+
+def _segments(first: Sequence[Axis], second: Sequence[Axis]) -> Iterator[tuple[list[Axis], list[Axis]]]:
+    """Yield stretches of two sums of one size that end at the same place."""
+    ends = [set(itertools.accumulate(part.size for part in parts)) for parts in (first, second)]
+    common = ends[0] & ends[1]
+    stretches: list[list[list[Axis]]] = []
+    for parts in (first, second):
+        place = 0
+        found: list[list[Axis]] = [[]]
+        for part in parts:
+            found[-1].append(part)
+            place += part.size
+            if place in common:
+                found.append([])
+        stretches.append(found[:-1])
+    yield from zip(*stretches, strict=True)
 
 
 def _merge_heads(factors: list[Axis]) -> None:

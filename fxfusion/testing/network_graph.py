@@ -105,7 +105,9 @@ class Stream:
         """Return the parts as refined by now; opaque if a concatenation lies below a product."""
         found: list[list[Units]] = []
         for part in self.parts:
-            expanded = [_expand(factor) for factor in part]
+            below = [_expand(factor) for factor in part]
+            self.opaque = self.opaque or any(stream.opaque for stream in below)
+            expanded = [stream.parts for stream in below]
             if len(expanded) == 1:
                 found += expanded[0]
             elif all(len(item) == 1 for item in expanded):
@@ -132,8 +134,12 @@ class Stream:
         return None
 
 
-def _expand(units: Units) -> list[list[Units]]:
-    return [[units]] if units.bound is None else Stream(units.bound).resolved()
+def _expand(units: Units) -> Stream:
+    """Return what units have become."""
+    if units.bound is None:
+        return Stream([[units]])
+    stream = Stream(units.bound)
+    return Stream(stream.resolved(), stream.opaque)
 
 
 def _joined(factors: Sequence[Units]) -> list[Units]:

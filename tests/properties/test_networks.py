@@ -26,12 +26,14 @@ from fxfusion.testing.network_layers import (
     Experts,
     Glu,
     HalvesMultiplied,
+    HeadView,
     LayerScale,
     Linear,
     Norm,
     Ordered,
     PixelShuffle,
     Positions,
+    Repeat,
     SqueezeExcite,
     TiedAutoencoder,
     TokenMixing,
@@ -116,6 +118,59 @@ MADE: dict[str, Network] = {
     "multi query": Network(TOKENS, 4, (Attention(1, 3, 4, 5, 6, "chunks", "expand"),)),
     "cross attention": Network(TOKENS, 4, (Attention(3, 1, 4, 5, 6, "keys and values", cross=True),)),
 }
+
+
+def _convolution(width: int, groups: int, kernel: int = 1) -> Convolution:
+    return Convolution(width, kernel, groups=groups, bias=False)
+
+
+# Counterexamples of earlier days.
+FOUND: dict[str, Network] = {
+    "a tied weight writes what was repeated": Network(
+        VECTORS,
+        2,
+        (
+            Repeat(),
+            TiedAutoencoder(2),
+            Concatenated((Activation("relu"),)),
+            Residual((Linear(2, bias=False), Linear(8, bias=False))),
+        ),
+    ),
+    "inference settles after two shuffles": Network(
+        IMAGES,
+        6,
+        (
+            _convolution(6, 3),
+            Activation("relu"),
+            Concatenated((LayerScale("mul"),)),
+            ChannelShuffle(2),
+            ChannelShuffle(2),
+            LayerScale("mul"),
+        ),
+    ),
+    "what clashes is fixed up to the next common boundary": Network(
+        TOKENS,
+        2,
+        (
+            Linear(4, bias=False),
+            ZeroPad(0, 2),
+            Concatenated((HeadView(2, "norm"), Linear(2, bias=False))),
+        ),
+    ),
+    "groups are cut in halves, twice": Network(
+        Shape(2, (5,), last=False),
+        12,
+        (
+            Twice((_convolution(2, 2, 3), HalvesMultiplied(), Activation("relu"), _convolution(12, 1))),
+            HalvesMultiplied(),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(FOUND))
+def test_networks_found_at_random(name: str) -> None:
+    assert check_network(FOUND[name]).ok
 
 
 @pytest.mark.parametrize("name", list(MADE))
