@@ -212,8 +212,7 @@ class TiedAutoencoder(Layer):
         weight = net.parameter("weight", self.hidden, flow.shape.channels)
         code = net.call(aten.tanh.default, net.call(aten.linear.default, flow.node, weight))
         net.space("hidden", self.hidden)
-        node = net.call(aten.matmul.default, code, weight)
-        return Flow(node, flow.shape, net.written(flow.stream))
+        return flow.to(net.call(aten.matmul.default, code, weight), stream=net.written(flow.stream))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -599,7 +598,8 @@ class ClassToken(Layer):
     def apply(self, net: NetworkGraph, flow: Flow) -> Flow:
         token = net.parameter("token", 1, 1, flow.shape.channels, like="bias")
         repeated = net.call(aten.expand.default, token, [BATCH, -1, -1])
-        return flow.to(net.call(aten.cat.default, [repeated, flow.node], 1), self.result(flow.shape))
+        node = net.call(aten.cat.default, [repeated, flow.node], 1)
+        return flow.to(node, self.result(flow.shape), net.written(flow.stream))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -612,7 +612,7 @@ class Positions(Layer):
 
     def apply(self, net: NetworkGraph, flow: Flow) -> Flow:
         table = net.parameter("table", 1, *flow.shape.sizes[1:], like="bias")
-        return flow.to(net.call(aten.add.Tensor, flow.node, table))
+        return flow.to(net.call(aten.add.Tensor, flow.node, table), stream=net.written(flow.stream))
 
 
 # -- element by element ---------------------------------------------------------------------------
@@ -645,7 +645,8 @@ class Activation(Layer):
         return cls(choices.of([*ACTIVATIONS, "softmax", "square", "clamp", "where", *slope]))
 
     def apply(self, net: NetworkGraph, flow: Flow) -> Flow:
-        return flow.to(self._call(net, flow))
+        stream = net.written(flow.stream) if self.name == "prelu" else flow.stream
+        return flow.to(self._call(net, flow), stream=stream)
 
     def _call(self, net: NetworkGraph, flow: Flow) -> fx.Node:
         x = flow.node
@@ -676,7 +677,8 @@ class LayerScale(Layer):
         vector = net.parameter("vector", flow.shape.channels, like="scale")
         if not flow.shape.last:
             vector = net.call(aten.view.default, vector, along(flow))
-        return flow.to(net.call(getattr(aten, self.kind).Tensor, flow.node, vector))
+        node = net.call(getattr(aten, self.kind).Tensor, flow.node, vector)
+        return flow.to(node, stream=net.written(flow.stream))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -749,7 +751,8 @@ class Norm(Layer):
         if self.kind in ("batch", "group", "instance"):
             return self._channels_first(net, flow)
         x = channels_last(net, flow)
-        return flow.to(as_before(net, flow, self._over_last(net, x)))
+        stream = net.written(flow.stream) if self.affine and self.kind != "l2" else flow.stream
+        return flow.to(as_before(net, flow, self._over_last(net, x)), stream=stream)
 
     def _vectors(self, net: NetworkGraph, width: int) -> tuple[fx.Node | None, fx.Node | None]:
         if not self.affine:
@@ -781,7 +784,7 @@ class Norm(Layer):
         x = net.call(aten.transpose.int, flow.node, 1, 2) if turn else flow.node
         width = flow.shape.channels
         weight, bias = self._vectors(net, width)
-        stream = flow.stream
+        stream = net.written(flow.stream) if self.affine or self.kind == "batch" else flow.stream
         if self.kind == "batch":
             mean = net.parameter("running_mean", width, like="mean")
             variance = net.parameter("running_var", width, like="variance")
@@ -792,7 +795,7 @@ class Norm(Layer):
             x = net.call(aten.group_norm.default, x, self.groups, weight, bias, EPSILON)
             if self.groups not in (1, width):
                 net.factor(stream, [self.groups, width // self.groups])
-        return flow.to(net.call(aten.transpose.int, x, 1, 2) if turn else x)
+        return flow.to(net.call(aten.transpose.int, x, 1, 2) if turn else x, stream=stream)
 
 
 @dataclasses.dataclass(frozen=True)
