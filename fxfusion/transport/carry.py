@@ -82,28 +82,28 @@ class Carried:
         By parameter and stream: what acts on the axes that write, or only read, the stream.
     last : dict of str to Solve or Join
         By stream: what its last node carries.
+    made : list of Solve or Join
+        In the order of the network, what a join needs before the join.
     """
 
     writing: dict[tuple[str, str], Transport] = dataclasses.field(default_factory=dict)
     reading: dict[tuple[str, str], Transport] = dataclasses.field(default_factory=dict)
     last: dict[str, Transport] = dataclasses.field(default_factory=dict)
+    made: list[Transport] = dataclasses.field(default_factory=list)
 
     def transports(self) -> list[Transport]:
         """Return every transport once, what a join needs before the join."""
-        found: dict[int, Transport] = {}
+        return [transport for transport in self.made if settled(transport) is transport]
 
-        def visit(transport: Transport) -> None:
-            transport = settled(transport)
-            if id(transport) in found:
-                return
-            if isinstance(transport, Join):
-                visit(transport.skip)
-                visit(transport.branch)
-            found[id(transport)] = transport
+    def solve(self, stream: str, writers: list[Writer]) -> Solve:
+        """Make a transport to be solved."""
+        self.made.append(transport := Solve(stream, writers))
+        return transport
 
-        for transport in [*self.writing.values(), *self.reading.values(), *self.last.values()]:
-            visit(transport)
-        return list(found.values())
+    def join(self, stream: str, skip: Transport, branch: Transport, nodes: tuple[str, str]) -> Join:
+        """Make a transport from two."""
+        self.made.append(transport := Join(stream, skip, branch, nodes))
+        return transport
 
 
 def settled(transport: Transport) -> Transport:
@@ -197,7 +197,7 @@ class _Walk:
         self.options = options
         self.streams = Streams(plan, options.heads)
         self.carried = Carried()
-        self.at: dict[tuple[fx.Node, str], Transport] = {}
+        self.at: dict[fx.Node, dict[str, Transport]] = {}  # by node and stream
         self.origins: dict[fx.Node, frozenset[str]] = {}  # of what is made of parameters alone
         self.spaces: dict[fx.Node, set[str]] = {}
         self.depth: dict[fx.Node, int] = {}  # number of nodes that a node is computed from, as a bit set
@@ -242,13 +242,14 @@ class _Walk:
         held = self._held(node)
         for stream in held:
             self._carry(node, stream, operator, operands, parameters)
-        for item in operands:
-            for name in parameters:
-                for stream in self.reads.get(name, ()):
-                    if (item, stream) in self.at:
-                        self.carried.reading.setdefault((name, stream), self.at[item, stream])
-        for stream in {stream for item, stream in self.at if item in operands} - set(held):
-            arriving = [self.at[item, stream] for item in operands if (item, stream) in self.at]
+        given = [self.at[item] for item in operands if item in self.at]
+        for name in parameters:
+            for stream in self.reads.get(name, ()):
+                for arrived in given:
+                    if stream in arrived:
+                        self.carried.reading.setdefault((name, stream), arrived[stream])
+        for stream in {stream: None for arrived in given for stream in arrived if stream not in held}:
+            arriving = [arrived[stream] for arrived in given if stream in arrived]
             shared = self.options.query_key is QueryKey.SHARED or self.streams.is_whole(stream)
             if len(arriving) > 1 and shared:
                 self._identify(arriving)
@@ -270,7 +271,9 @@ class _Walk:
         operands: Sequence[fx.Node],
         parameters: Sequence[str],
     ) -> None:
-        arriving = {item: settled(self.at[item, stream]) for item in operands if (item, stream) in self.at}
+        arriving = {
+            item: settled(self.at[item][stream]) for item in operands if stream in self.at.get(item, ())
+        }
         met = [name for name in parameters if stream in self.writes.get(name, ())]
         if not arriving:
             self._write(node, stream, met)
@@ -285,24 +288,27 @@ class _Walk:
             anew = self.written[name] - before and self.streams.is_nested(stream)
             if anew and isinstance(root, Solve) and all(item.parameter != name for item in root.writers):
                 root.writers.append(Writer(name, node.name))
-        self.at[node, stream] = self.carried.last[stream] = carried
+        self._set(node, stream, carried)
 
     def _write(self, node: fx.Node, stream: str, parameters: Sequence[str]) -> None:
         """Begin a transport, or go on with the one that a parameter has already."""
         if not parameters:
             if stream in self.carried.last:  # it came through a node whose units are not known
-                self.at[node, stream] = self.carried.last[stream]
+                self._set(node, stream, self.carried.last[stream])
             return
         written = self.carried.writing
         known = [written[name, stream] for name in parameters if (name, stream) in written]
-        transport = known[0] if known else Solve(stream, [])
+        transport = known[0] if known else self.carried.solve(stream, [])
         root = settled(transport)
         for name in parameters:
             if (name, stream) not in self.carried.writing:
                 self.carried.writing[name, stream] = transport
                 if isinstance(root, Solve):
                     root.writers.append(Writer(name, node.name))
-        self.at[node, stream] = self.carried.last[stream] = root
+        self._set(node, stream, root)
+
+    def _set(self, node: fx.Node, stream: str, carried: Transport) -> None:
+        self.at.setdefault(node, {})[stream] = self.carried.last[stream] = carried
 
     def _follow(self, name: str, stream: str, operator: str, carried: Transport, node: fx.Node) -> Transport:
         """Let a parameter that meets a stream follow it, or join it as a table of its own."""
@@ -312,12 +318,12 @@ class _Walk:
         if not own:
             self.carried.writing[name, stream] = carried
             return carried
-        table = Solve(stream, [Writer(name, "")])
+        table = self.carried.solve(stream, [Writer(name, "")])
         self.carried.writing[name, stream] = table
         if operator not in JOINS:
             return carried
-        branch = next(item.name for item in node.all_input_nodes if (item, stream) in self.at)
-        return Join(stream, table, carried, ("", branch))
+        branch = next(item.name for item in node.all_input_nodes if stream in self.at.get(item, ()))
+        return self.carried.join(stream, table, carried, ("", branch))
 
     def _is_table(self, name: str, stream: str, operator: str) -> bool:
         """Whether a parameter is put before a stream, or added as a table; heads' tables follow theirs."""
@@ -336,7 +342,7 @@ class _Walk:
         before = nodes[0]
         for item in nodes[1:]:
             if arriving[item] is not carried:
-                carried = Join(stream, carried, arriving[item], (before.name, item.name))
+                carried = self.carried.join(stream, carried, arriving[item], (before.name, item.name))
             before = item
         return carried
 
@@ -365,9 +371,14 @@ def _is_tensor(node: fx.Node) -> bool:
 
 
 def _contains(transport: Transport, part: Transport) -> bool:
-    transport = settled(transport)
-    if transport is part:
-        return True
-    return isinstance(transport, Join) and (
-        _contains(transport.skip, part) or _contains(transport.branch, part)
-    )
+    """Whether a transport is made of another."""
+    seen: set[int] = set()
+    pending = [settled(transport)]
+    while pending:
+        item = pending.pop()
+        if item is part:
+            return True
+        if isinstance(item, Join) and id(item) not in seen:
+            seen.add(id(item))
+            pending += [settled(item.skip), settled(item.branch)]
+    return False

@@ -174,6 +174,9 @@ class _FlowSolver:
         self.streams = Streams(plan, options.heads)
         self.trees = {tree.root.name: tree for tree in trees(plan)}
         self.reading = reading_axes(plan)
+        self.arrivals: dict[str, list[Transport]] = {}
+        for (name, _), transport in carried.reading.items():
+            self.arrivals.setdefault(name, []).append(transport)
         self.known: dict[int, dict[str, Map]] = {}
         self.pending: set[int] = set()
         self.before = {space.name: 0.0 for space in plan.spaces}
@@ -217,7 +220,7 @@ class _FlowSolver:
         joined: dict[str, Map] = {}
         for name in self._members(join.stream):
             weight = self._share_of_skip(join, name)
-            pair = [_soft(maps.get(name), self.plan, name, len(self._scope(name))) for maps in (skip, branch)]
+            pair = [_soft(maps.get(name), self.plan, name) for maps in (skip, branch)]
             sides = []
             for left, right in ((pair[0].write, pair[1].write), (pair[0].read, pair[1].read)):
                 share = weight.unsqueeze(-1).to(left.dtype) if weight.ndim else weight.to(left.dtype)
@@ -236,9 +239,8 @@ class _FlowSolver:
     def _share_of_skip(self, join: Join, space: str) -> torch.Tensor:
         """Return the weight of the skip's transport: a number, or one per unit of the target."""
         half = torch.tensor(0.5, dtype=torch.float64)
-        if self.options.residual is Residual.MEAN or self._scope(
-            space
-        ):  # joins below others are not weighted
+        nested = bool(self._scope(space))  # its units differ from outer unit to outer unit: not weighed
+        if self.options.residual is Residual.MEAN or nested:
             return half
         skip = self._magnitude(join.skip, join.nodes[0], space)
         branch = self._magnitude(join.branch, join.nodes[1], space)
@@ -404,11 +406,7 @@ class _FlowSolver:
 
     def _is_blocked(self, name: str) -> bool:
         """Return whether a parameter reads what is being solved, such as the gate of its own signal."""
-        return any(
-            self._needs_pending(transport)
-            for (parameter, _), transport in self.carried.reading.items()
-            if parameter == name
-        )
+        return any(map(self._needs_pending, self.arrivals.get(name, ())))
 
     def _needs_pending(self, transport: Transport) -> bool:
         """Return whether a transport is being solved, or needs one that is."""
@@ -424,12 +422,12 @@ class _FlowSolver:
             if isinstance(item, Join):
                 pending += [settled(item.skip), settled(item.branch)]
             else:
-                names = {writer.parameter for writer in item.writers}
-                pending += [settled(found) for key, found in self.carried.reading.items() if key[0] in names]
+                for writer in item.writers:
+                    pending += map(settled, self.arrivals.get(writer.parameter, ()))
         return False
 
 
-def _soft(item: Map | None, plan: Plan, name: str, depth: int) -> SoftMap:
+def _soft(item: Map | None, plan: Plan, name: str) -> SoftMap:
     """Return a map as a soft one; none is the identity."""
     if isinstance(item, SoftMap):
         return item

@@ -147,10 +147,13 @@ class _Solver:
         costs = self.weights.costs(tree, self.alignment.maps, self.solutions)
         for name, observed in self.observed.get(tree.root.name, {}).items():
             costs[name] += observed
-        solved = solve_tree(self.plan, tree, costs, self.coupling)
-        old, new = (costs_of(self.plan, tree, costs, item) for item in (self.solutions, solved))
-        unmatched = sum(Shape.of(self.plan, space).units for space in tree.members)
-        improved = new[tree.root.name] < old[tree.root.name] - _IMPROVEMENT * unmatched
+        old = new = costs_of(self.plan, tree, costs, self.solutions)
+        least = _IMPROVEMENT * sum(Shape.of(self.plan, space).units for space in tree.members)
+        improved = False
+        if old[tree.root.name] > least:  # costs are not negative: below, nothing is left to gain
+            solved = solve_tree(self.plan, tree, costs, self.coupling)
+            new = costs_of(self.plan, tree, costs, solved)
+            improved = new[tree.root.name] < old[tree.root.name] - least
         if improved:
             self._accept(tree, solved)
         self.alignment.before.update(costs_of(self.plan, tree, costs, identity(self.plan, tree)))
