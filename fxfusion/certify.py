@@ -31,12 +31,16 @@ class Certificate:
         Fraction of parameter elements that changed.
     tolerance : float
         What ``ok`` was judged by.
+    rounding : float or None
+        Where not ``ok``: how much the function changes when weights change in their last place. If that is
+        more than the tolerance, the network amplifies rounding, and nothing can be said of the plan.
     """
 
     ok: bool
     max_relative_error: float
     moved: float
     tolerance: float = TOLERANCE
+    rounding: float | None = None
 
 
 def certify_plan(
@@ -71,14 +75,34 @@ def certify_plan(
     generator = torch.Generator().manual_seed(seed)
     twin = act(plan, random_maps(plan, generator), state)
     program = Program(capture, double=True)
-    worst = 0.0
     example = first_samples(capture, samples)
-    for args, kwargs in (example, randomise(example, generator)):
-        original, changed = program.run([state, twin], args, kwargs)
-        worst = max(worst, *(_difference(original[index], changed[index]) for index in outputs))
+    inputs = example, randomise(example, generator)
+
+    def change(other: Mapping[str, torch.Tensor]) -> float:
+        """Return the largest relative change of an output under other weights."""
+        worst = 0.0
+        for args, kwargs in inputs:
+            original, changed = program.run([state, other], args, kwargs)
+            worst = max(worst, *(_difference(original[index], changed[index]) for index in outputs))
+        return worst
+
+    worst = change(twin)
+    rounding = change(_rounded(state, generator)) if worst > TOLERANCE else None
     total = sum(state[name].numel() for name in plan.layouts)
     differing = sum(int((state[name] != twin[name]).sum()) for name in plan.layouts)
-    return Certificate(worst <= TOLERANCE, worst, differing / total if total else 0.0)
+    return Certificate(worst <= TOLERANCE, worst, differing / total if total else 0.0, rounding=rounding)
+
+
+def _rounded(state: Mapping[str, torch.Tensor], generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Return weights that differ in the last place."""
+    moved = {}
+    for name, tensor in state.items():
+        wide = tensor.detach().double() if tensor.is_floating_point() else tensor
+        if tensor.is_floating_point():
+            noise = torch.randn(wide.shape, generator=generator, dtype=torch.float64)
+            wide = wide * (1 + torch.finfo(torch.float64).eps * noise)
+        moved[name] = wide
+    return moved
 
 
 def first_samples(capture: Capture, samples: int | None) -> Any:

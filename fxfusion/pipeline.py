@@ -447,12 +447,22 @@ def _certify_all(
             raise CertificationError(
                 f"a random element of the symmetry inferred for {model_name(model, index)} changes its "
                 f"outputs by {certificate.max_relative_error:.1e} (at most {certificate.tolerance:.0e} is "
-                "allowed): the "
-                "plan is unsound and nothing was fused. Please report the model."
+                f"allowed): nothing was fused. {_verdict(certificate)}"
             )
         found.append(certificate)
         progress("certify", index + 1, len(models))
     return found
+
+
+def _verdict(certificate: Certificate) -> str:
+    """Say whether a failed certificate is the plan's fault, or rounding's."""
+    rounding = certificate.rounding or 0.0
+    if rounding > certificate.tolerance:
+        return (
+            f"But so do changes of its weights in their last place, by {rounding:.1e} in float64: its "
+            "signals explode, and nothing can be certified. Check its norm statistics and its example inputs."
+        )
+    return "The plan is unsound. Please report the model."
 
 
 def _report(

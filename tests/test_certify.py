@@ -10,6 +10,7 @@ import torch
 
 import fxfusion
 from fxfusion.certify import TOLERANCE, certify_plan, randomise
+from fxfusion.errors import CertificationError
 from fxfusion.execution import Program
 from fxfusion.plan import Plan, Space
 from fxfusion.symmetry import act, random_maps
@@ -206,3 +207,27 @@ def test_a_model_that_counts_its_calls_is_not_written() -> None:
         fxfusion.fuse(models, (inputs,), calibration=[inputs, inputs])
         for model in models:
             assert not model.calls.any()
+
+
+def test_a_network_that_amplifies_rounding_is_told_from_an_unsound_plan() -> None:
+    class Chaos(torch.nn.Module):
+        """A hidden layer, and a hundred steps of the logistic map."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(6, 32), torch.nn.Linear(32, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.second(self.first(x).tanh()).sigmoid()
+            for _ in range(100):
+                x = 3.99 * x * (1 - x)
+            return x
+
+    torch.manual_seed(0)
+    models, x = [Chaos(), Chaos()], torch.randn(4, 6)
+    certificate = fxfusion.certify(models[0], (x,))
+    assert not certificate.ok
+    assert certificate.rounding is not None
+    assert certificate.rounding > 1e-3
+    with pytest.raises(CertificationError, match="last place"):
+        fxfusion.fuse(models, (x,), features="weights")

@@ -46,7 +46,8 @@ class Record:
     source, family, name : str
         As in the catalogue.
     status : str
-        ``certified``; ``unsound`` (a group element changed the function); ``refused`` (torch.export);
+        ``certified``; ``unsound`` (a group element changed the function); ``unstable`` (so did rounding:
+        signals explode, and nothing can be said); ``refused`` (torch.export);
         ``failed`` (any other error); ``too slow`` or ``too large`` for the limits.
     message : str
         The error, if there was one.
@@ -186,8 +187,11 @@ def _examine(
         certificate = fxfusion.certify(prepared, seed=seed)
     record.error, record.moved = certificate.max_relative_error, certificate.moved
     if not certificate.ok:
-        record.status = "unsound"
         record.message = f"the function changed by {record.error:.1e}"
+        record.status = "unsound"
+        if (certificate.rounding or 0.0) > certificate.tolerance:
+            record.status = "unstable"
+            record.message += f", and by {certificate.rounding:.1e} under rounding alone"
         return
     with stage("control"):
         record.control = _control(prepared, plan, seed)
