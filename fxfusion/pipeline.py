@@ -18,7 +18,7 @@ from fxfusion.capture import Model, capture
 from fxfusion.certify import Certificate, certify_plan
 from fxfusion.errors import CalibrationRequiredError, CertificationError, InvalidWeightError, OptionError
 from fxfusion.passes.align import Align
-from fxfusion.passes.align_flow import AlignFlow
+from fxfusion.passes.align_flow import AlignFlow, check_policy
 from fxfusion.passes.apply_transports import ApplyTransports
 from fxfusion.passes.base import FusionPass
 from fxfusion.passes.merge import Merge
@@ -330,6 +330,8 @@ def fuse(
         raise OptionError(f"regularisation={regularisation!r}: give a positive number")
     if rounds < 0 or (rounds and flow is not None):
         raise OptionError(f"rounds={rounds}: give 0 or more, and 0 with flow")
+    if flow is not None:
+        _check_flow(flow, features, coupling, regularisation)
     models = models if isinstance(models, torch.nn.Module) else list(models)
     states = check_parents(models, target)
     shares = check_shares(weights, len(models))
@@ -348,6 +350,8 @@ def fuse(
     with clock.measure("certify"):
         certificates = _certify_all(state, models, states, seed, show)
     softness = SOFT_REGULARISATION if regularisation is None else regularisation
+    if flow is not None and flow.regularisation is not None:
+        softness = flow.regularisation
     observed = batches if features == "activations" else None
     passes: list[FusionPass] = [
         _solver(flow, states, target, observed, coupling, softness, rounds, show),
@@ -375,6 +379,16 @@ def _as_target(state: dict[str, torch.Tensor], target: Mapping[str, torch.Tensor
     return {name: tensor.to(target[name].dtype) for name, tensor in state.items()}
 
 
+def _check_flow(flow: Flow, features: str, coupling: str, regularisation: float | None) -> None:
+    """Refuse settings of a flow that do not go with the other options."""
+    if features == "weights":
+        check_policy(flow)
+    if flow.relaxation is not None and coupling != "soft":
+        raise OptionError('relaxation is of soft couplings: give coupling="soft"')
+    if flow.regularisation is not None and regularisation is not None:
+        raise OptionError("regularisation is given twice, to fuse and to its flow: give one of them")
+
+
 def _solver(
     flow: Flow | None,
     parents: Sequence[dict[str, torch.Tensor]],
@@ -388,11 +402,7 @@ def _solver(
     soft = coupling == "soft"
     if flow is None:
         return Align(parents, target, batches, Coupling(softness if soft else None), show, rounds)
-    absolute = flow.regularisation is not None
-    regularisation = flow.regularisation if flow.regularisation is not None else softness
-    if flow.relaxation is not None and not soft:
-        raise OptionError('relaxation is of soft couplings: give coupling="soft"')
-    entropic = Coupling(regularisation if soft else None, absolute, flow.relaxation)
+    entropic = Coupling(softness if soft else None, flow.regularisation is not None, flow.relaxation)
     return AlignFlow(parents, target, flow, batches, entropic, show)
 
 

@@ -23,6 +23,20 @@ from fxfusion.transport.options import Flow, Heads, Residual
 _WEIGHTED = (Residual.WEIGHTED_SCALAR, Residual.WEIGHTED_MATRIX)
 
 
+def check_policy(options: Flow) -> None:
+    """Refuse a policy that weighs activations where there are none.
+
+    Raises
+    ------
+    CalibrationRequiredError
+    """
+    if options.residual in _WEIGHTED:
+        policy = Residual(options.residual).value
+        raise CalibrationRequiredError(
+            f"residual={policy!r} weighs activations: give calibration data, or another policy"
+        )
+
+
 @dataclasses.dataclass(eq=False)
 class AlignFlow(FusionPass):
     """Solve the transports of every layer, given those carried into it.
@@ -51,11 +65,8 @@ class AlignFlow(FusionPass):
     def requires(self, graph_module: GraphModule) -> None:
         """There is a plan, and calibration data for policies that weigh activations."""
         state_of(graph_module, "plan", "Propagate")
-        if self.batches is None and self.options.residual in _WEIGHTED:
-            policy = Residual(self.options.residual).value
-            raise CalibrationRequiredError(
-                f"residual={policy!r} weighs activations: give calibration data, or another policy"
-            )
+        if self.batches is None:
+            check_policy(self.options)
 
     def call(self, graph_module: GraphModule) -> PassResult:
         """Run the pass; the graph itself stays as it is."""

@@ -408,3 +408,22 @@ def test_weighted_policies_need_activations() -> None:
     models = [Residuals(), Residuals()]
     with pytest.raises(CalibrationRequiredError, match="weighted_scalar"):
         fxfusion.fuse(models, (torch.randn(2, 6),), flow=Flow(residual="weighted_scalar"))
+
+
+@pytest.mark.parametrize(
+    ("flow", "options"),
+    [
+        (Flow(residual="weighted_matrix"), {}),
+        (Flow(relaxation=0.5), {}),
+        (Flow(regularisation=0.1), {"coupling": "soft", "regularisation": 0.2}),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_before_any_work(
+    flow: Flow, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def capture(*_: object) -> None:
+        raise AssertionError("captured first")
+
+    monkeypatch.setattr("fxfusion.pipeline.capture", capture)
+    with pytest.raises((CalibrationRequiredError, OptionError)):
+        fxfusion.fuse([Residuals(), Residuals()], (torch.randn(2, 6),), flow=flow, **options)
