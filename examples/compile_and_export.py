@@ -22,6 +22,7 @@ from fxfusion.passes.apply_transports import ApplyTransports
 from fxfusion.passes.base import FusionPass
 from fxfusion.passes.merge import Merge
 from fxfusion.passes.normalize import Normalize
+from fxfusion.passes.pair import Pair
 from fxfusion.passes.propagate import Propagate
 
 
@@ -56,7 +57,8 @@ def main() -> None:
             Normalize(),
             CountOperators("captured"),
             Propagate(),
-            Align(parents=[first.state_dict(), second.state_dict()]),
+            Pair([first.state_dict(), second.state_dict()]),
+            Align(),
             ApplyTransports(),
             Merge(weights=(0.5, 0.5)),
         ]

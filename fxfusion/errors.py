@@ -33,7 +33,7 @@ class ArchitectureMismatchError(FusionError):
 
 
 class WidthMismatchError(FusionError):
-    """The parents differ only in the width of their parameters, which is not supported yet."""
+    """The parents differ in the size of something that no transport may act on."""
 
 
 class TieMismatchError(FusionError):

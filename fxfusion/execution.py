@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -107,17 +107,42 @@ class Program:
         list of list
             Flat outputs per state.
         """
-        inputs = self.flatten(args, kwargs)
+        outputs: list[list[Any]] = []
         with torch.no_grad():
-            return self._run(states, inputs, observe, override)
+            for node, values in self.steps(states, args, kwargs, override):
+                if node.op == "output":
+                    outputs = values
+                elif observe is not None:
+                    observe(node, values)
+        return outputs
 
-    def _run(self, states, inputs, observe, override) -> list[list[Any]]:  # type: ignore[no-untyped-def]
+    def steps(
+        self,
+        states: Sequence[State],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        override: Callable[[fx.Node, int, tuple[Any, ...]], Any] | None = None,
+    ) -> Iterator[tuple[fx.Node, list[Any]]]:
+        """Run the graph node by node.
+
+        Parameters
+        ----------
+        states, args, kwargs, override
+            As for :meth:`run`.
+
+        Yields
+        ------
+        node, values
+            Every node whose value depends on parameters, and the output node, with one value per state. What
+            later nodes do not need is dropped when the next one is asked for.
+        """
+        inputs = self.flatten(args, kwargs)
         shared: dict[fx.Node, Any] = dict(zip(self.placeholders, map(self._cast, inputs), strict=True))
         envs = [_Environment({}, shared, self._parameter(state)) for state in states]
-        outputs: list[list[Any]] = []
         for node in self.nodes:
             if node.op == "output":
-                outputs = [[env.look_up(item) for item in node.args[0]] for env in envs]
+                outputs: Any = node.args[0]
+                yield node, [[env.look_up(item) for item in outputs] for env in envs]
             elif node in self._shared:
                 if node.op == "get_attr":
                     shared[node] = self._cast(self._constants[node])
@@ -126,13 +151,11 @@ class Program:
             elif node.op != "get_attr":
                 for index, env in enumerate(envs):
                     env.own[node] = self._compute(node, index, env, override)
-                if observe is not None:
-                    observe(node, [env.own[node] for env in envs])
+                yield node, [env.own[node] for env in envs]
             for dead in self._dead.get(node, ()):
                 shared.pop(dead, None)
                 for env in envs:
                     env.own.pop(dead, None)
-        return outputs
 
     def _compute(self, node, index, env, override) -> Any:  # type: ignore[no-untyped-def]
         if override is not None:
@@ -191,6 +214,30 @@ class Program:
                 f"{self.capture.name} takes {spec.num_leaves} inputs, {given.num_leaves} were given"
             )
         return flat
+
+
+def run_together(
+    programs: Sequence[tuple[Program, Sequence[State]]],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    observe: Callable[[fx.Node, list[list[Any]]], None],
+) -> None:
+    """Run graphs that correspond node by node side by side, each with its own states.
+
+    Parameters
+    ----------
+    programs : sequence of (Program, sequence of mapping)
+    args, kwargs : sequence, mapping
+        Inputs of all.
+    observe : callable ``(node, values)``
+        Called with every node of the first graph and the values of all states, program by program.
+    """
+    with torch.no_grad():
+        runs = [program.steps(states, args, kwargs) for program, states in programs]
+        for steps in zip(*runs, strict=True):
+            node = steps[0][0]
+            if node.op != "output":
+                observe(node, [values for _, values in steps])
 
 
 def _grouped_mm(

@@ -17,15 +17,17 @@ from fxfusion.calibration import Batches
 from fxfusion.capture import Model, capture
 from fxfusion.certify import Certificate, certify_plan
 from fxfusion.errors import CalibrationRequiredError, CertificationError, InvalidWeightError, OptionError
+from fxfusion.pairing import widths_differ
 from fxfusion.passes.align import Align
 from fxfusion.passes.align_flow import AlignFlow, check_policy
 from fxfusion.passes.apply_transports import ApplyTransports
 from fxfusion.passes.base import FusionPass
 from fxfusion.passes.merge import Merge
 from fxfusion.passes.normalize import Normalize
+from fxfusion.passes.pair import Pair
 from fxfusion.passes.propagate import Propagate
 from fxfusion.passes.repair import Repair
-from fxfusion.plan import Plan
+from fxfusion.plan import PairedPlan, Plan
 from fxfusion.progress import Progress, silent
 from fxfusion.report import FusionReport, SpaceRow
 from fxfusion.state import KEY, FusionState, attach, prepared, state_of
@@ -256,10 +258,13 @@ def fuse(
 ) -> FusionResult:
     """Fuse models of one architecture: align their units by optimal transport, then average.
 
+    Widths may differ: hidden units, channels, heads, embedding. A wider parent's units are then averaged in
+    groups where they are written and summed where they are read, a narrower one's copied and divided.
+
     Parameters
     ----------
     models : sequence of torch.nn.Module, torch.fx.GraphModule or torch.export.ExportedProgram
-        Two or more parents. They are not written.
+        Two or more parents, whose widths may differ. They are not written.
     args, kwargs : sequence, mapping
         Example inputs.
     calibration : iterable, optional
@@ -273,7 +278,7 @@ def fuse(
     weights : sequence of float, optional
         The parents' shares, scaled to sum to one; equal by default.
     target : int
-        The parent whose basis and class the result has.
+        The parent whose basis, widths and class the result has.
     seed : int
         Draws the certificates' group elements; the same inputs and seed give the same bytes.
     outputs : sequence of str, optional
@@ -340,21 +345,31 @@ def fuse(
     show("capture", 0, 1)
     with clock.measure("capture"):
         module = prepare(models[target], args, kwargs)
+        others = {
+            index: prepare(model, args, kwargs)
+            for index, model in enumerate(models)
+            if widths_differ([states[target], states[index]])
+        }
     state = state_of(module)
     batches = None if calibration is None else Batches(state.capture, calibration)
     with clock.measure("compare"):
-        check_function(state.capture, models, states, target)
+        alike = [index for index in range(len(models)) if index not in others]
+        check_function(state.capture, models, states, alike, target)
+        for index, other in others.items():
+            check_function(state_of(other).capture, models, states, [index], index)
         states = [_as_target(parent, states[target]) for parent in states]
     with clock.measure("propagate"):
-        module = _run([Normalize(), Propagate(outputs)], module)
+        for captured in (module, *others.values()):
+            _run([Normalize(), Propagate(outputs)], captured)
+        module = _run([Pair(states, target, others)], module)
     with clock.measure("certify"):
-        certificates = _certify_all(state, models, states, seed, show)
+        certificates = _certify_all(state, models, seed, show)
     softness = SOFT_REGULARISATION if regularisation is None else regularisation
     if flow is not None and flow.regularisation is not None:
         softness = flow.regularisation
     observed = batches if features == "activations" else None
     passes: list[FusionPass] = [
-        _solver(flow, states, target, observed, coupling, softness, rounds, show),
+        _solver(flow, observed, coupling, softness, rounds, show),
         ApplyTransports(),
         Merge(shares),
         Repair(batches, show),
@@ -391,8 +406,6 @@ def _check_flow(flow: Flow, features: str, coupling: str, regularisation: float 
 
 def _solver(
     flow: Flow | None,
-    parents: Sequence[dict[str, torch.Tensor]],
-    target: int,
     batches: Batches | None,
     coupling: str,
     softness: float,
@@ -401,9 +414,9 @@ def _solver(
 ) -> FusionPass:
     soft = coupling == "soft"
     if flow is None:
-        return Align(parents, target, batches, Coupling(softness if soft else None), show, rounds)
+        return Align(batches, Coupling(softness if soft else None), show, rounds)
     entropic = Coupling(softness if soft else None, flow.regularisation is not None, flow.relaxation)
-    return AlignFlow(parents, target, flow, batches, entropic, show)
+    return AlignFlow(flow, batches, entropic, show)
 
 
 class _Clock:
@@ -442,16 +455,13 @@ def _real_state(model: Model) -> dict[str, torch.Tensor]:
 def _certify_all(
     state: FusionState,
     models: Sequence[Model],
-    states: Sequence[dict[str, torch.Tensor]],
     seed: int,
     progress: Progress,
 ) -> list[Certificate]:
-    assert state.plan is not None
     found = []
-    for index, (model, weights) in enumerate(zip(models, states, strict=True)):
-        typed = state.capture.canonical(weights)
+    for index, (model, parent) in enumerate(zip(models, state.parents, strict=True)):
         certificate = certify_plan(
-            state.capture, state.plan, typed, state.outputs, seed, samples=CERTIFIED_SAMPLES
+            parent.capture, parent.plan.source, parent.state, state.outputs, seed, samples=CERTIFIED_SAMPLES
         )
         if not certificate.ok:
             raise CertificationError(
@@ -525,6 +535,14 @@ def _notes(state: FusionState) -> tuple[str, ...]:
     notes = []
     if not state.capture.dynamic:
         notes.append("the model fixes its batch size: the fused module takes the example's only")
+    for index, parent in enumerate(state.parents):
+        if isinstance(parent.plan, PairedPlan):
+            sizes = {
+                f"{parent.plan.source[space.name].size} to {space.size}"
+                for space in parent.plan
+                if parent.plan.source[space.name].size != space.size
+            }
+            notes.append(f"parent {index} has other widths: {', '.join(sorted(sizes))} units")
     return tuple(notes)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
 import networkx as nx
 
 from fxfusion.explain import AxisExplanation, Evidence, Frozen
-from fxfusion.layout import ActivationBlock, ParameterLayout
+from fxfusion.layout import ActivationBlock, Block, ParameterLayout
 
 
 class Symmetry(enum.Enum):
@@ -108,6 +109,32 @@ class Limit:
     parameters: tuple[str, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class Gains:
+    """What weights are multiplied by so that sums over other numbers of units keep their size.
+
+    Attributes
+    ----------
+    spaces : dict of str to float
+        Wherever the units of a space are written.
+    parameters : dict of str to float
+        A whole parameter.
+    """
+
+    spaces: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    parameters: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def of(self, layout: ParameterLayout, block: Block, reading: frozenset[int]) -> float:
+        """Return what a block of a parameter is multiplied by, given its axes that only read."""
+        written = (
+            self.spaces.get(factor.space, 1.0)
+            for axis, part in enumerate(block.axes)
+            for factor in part.factors
+            if axis not in reading
+        )
+        return self.parameters.get(layout.name, 1.0) * math.prod(written)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
     """The result of :func:`fxfusion.plan`.
@@ -130,6 +157,8 @@ class Plan:
         How the spaces lie in the output of every graph node that holds any.
     evidence : Evidence
         What :meth:`explain` and :attr:`frozen` are made of.
+    products : frozenset of str
+        The spaces over which products of two activations are summed: dimensions of queries and keys.
     """
 
     spaces: tuple[Space, ...]
@@ -140,6 +169,17 @@ class Plan:
     layouts: dict[str, ParameterLayout] = dataclasses.field(repr=False)
     activations: dict[str, list[ActivationBlock]] = dataclasses.field(repr=False)
     evidence: Evidence = dataclasses.field(default_factory=Evidence, repr=False)
+    products: frozenset[str] = frozenset()
+
+    @property
+    def source(self) -> Plan:
+        """The plan of the parents that are aligned with the target: this one, if widths are equal."""
+        return self
+
+    @property
+    def gains(self) -> Gains:
+        """By what a source's weights must be multiplied."""
+        return Gains()
 
     def __getitem__(self, name: str) -> Space:
         for space in self.spaces:
@@ -217,3 +257,36 @@ class Plan:
         [('output', 2, ('2.bias',))]
         """
         return self.evidence.frozen
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PairedPlan(Plan):
+    """The plan of a target whose source is a network of the same structure and other widths.
+
+    Everything else is the target's; spaces and blocks of both correspond one to one, by name and by order.
+
+    Attributes
+    ----------
+    other : Plan
+        The source's plan.
+    gain : Gains
+    """
+
+    other: Plan = dataclasses.field(kw_only=True)
+    gain: Gains = dataclasses.field(kw_only=True)
+
+    @property
+    def source(self) -> Plan:
+        """The source's plan."""
+        return self.other
+
+    @property
+    def gains(self) -> Gains:
+        """By what the source's weights must be multiplied."""
+        return self.gain
+
+    @classmethod
+    def of(cls, target: Plan, source: Plan, gain: Gains) -> PairedPlan:
+        """Return the pair of two plans."""
+        fields = {field.name: getattr(target, field.name) for field in dataclasses.fields(Plan)}
+        return cls(**fields, other=source, gain=gain)

@@ -74,6 +74,12 @@ def make_plan(capture: Capture, outputs: frozenset[int]) -> Plan:
         layouts=layouts,
         activations=_activations(inferred, names),
         evidence=evidence,
+        products=frozenset(
+            names[leaf]
+            for axis in inferred.context.records.products
+            for leaf in leaves_of(axis)
+            if leaf in free
+        ),
     )
 
 

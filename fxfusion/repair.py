@@ -72,11 +72,7 @@ def corrected_statistics(
     dict of str to torch.Tensor
         By name of the buffer; empty for a network without batch normalisation.
     """
-    nodes = [
-        node
-        for node in capture.module.graph.nodes
-        if operator_name(node.target) in BATCH_NORMS and isinstance(node.args[3], fx.Node)
-    ]
+    nodes = _batch_norms(capture)
     corrected: dict[str, torch.Tensor] = {}
     if not nodes:
         return corrected
@@ -101,12 +97,52 @@ def corrected_statistics(
         program.run([*parents, merged], args, kwargs, override=override)
         progress("repair", done, len(batches))
     for node in nodes:
-        names = [capture.aliases.get(str(item.target), str(item.target)) for item in node.args[3:5]]
+        names = _buffers(capture, node)
         for name, value in zip(
             names, _corrected(node.name, seen, weights, *(merged[n] for n in names)), strict=True
         ):
             corrected[name] = value
     return corrected
+
+
+def weighted_statistics(
+    capture: Capture, parents: Sequence[Mapping[str, torch.Tensor]], weights: Sequence[float]
+) -> dict[str, torch.Tensor]:
+    """Return the average of the parents' running means and variances.
+
+    Parameters
+    ----------
+    capture : Capture
+    parents : sequence of mapping
+    weights : sequence of float
+        Their shares, summing to one.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        By name of the buffer.
+    """
+    names = [name for node in _batch_norms(capture) for name in _buffers(capture, node)]
+    shares = torch.tensor(weights, dtype=torch.float64)
+    return {
+        name: torch.tensordot(shares, torch.stack([parent[name].double() for parent in parents]), 1).to(
+            parents[0][name].dtype
+        )
+        for name in names
+    }
+
+
+def _batch_norms(capture: Capture) -> list[fx.Node]:
+    return [
+        node
+        for node in capture.module.graph.nodes
+        if operator_name(node.target) in BATCH_NORMS and isinstance(node.args[3], fx.Node)
+    ]
+
+
+def _buffers(capture: Capture, node: fx.Node) -> list[str]:
+    """Return the names of a batch normalisation's running mean and variance."""
+    return [capture.aliases.get(str(item.target), str(item.target)) for item in node.args[3:5]]  # type: ignore[union-attr]
 
 
 def _corrected(

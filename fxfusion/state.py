@@ -14,6 +14,7 @@ from torch import fx
 
 from fxfusion.capture import Capture
 from fxfusion.errors import PassOrderError
+from fxfusion.pairing import Parent
 from fxfusion.plan import Plan
 from fxfusion.transport.joint import Alignment
 
@@ -32,10 +33,10 @@ class FusionState:
         Flat positions of the outputs that count; set by ``Propagate``.
     plan : Plan or None
         Set by ``Propagate``.
-    parents : sequence of mapping
-        Weights of every parent by the names that the graph uses; set by ``Align``.
+    parents : sequence of Parent
+        Graph, plan and weights of every parent; set by ``Pair``.
     target : int
-        In whose basis the others are expressed; set by ``Align``.
+        In whose basis the others are expressed; set by ``Pair``.
     alignments : list of Alignment or None
         One per parent, None for the target; set by ``Align``.
     aligned : list of mapping
@@ -49,7 +50,7 @@ class FusionState:
     capture: Capture
     outputs: frozenset[int] = frozenset()
     plan: Plan | None = None
-    parents: Sequence[dict[str, torch.Tensor]] = ()
+    parents: Sequence[Parent] = ()
     target: int = -1
     alignments: list[Alignment | None] = dataclasses.field(default_factory=list)
     aligned: list[dict[str, torch.Tensor]] = dataclasses.field(default_factory=list)

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxfusion.capture import Capture
 from fxfusion.errors import CalibrationMismatchError
-from fxfusion.execution import Program, State
+from fxfusion.execution import Program, run_together
 from fxfusion.layout import ActivationBlock
+from fxfusion.pairing import Parent
 from fxfusion.plan import Plan
 from fxfusion.progress import Progress, silent
 from fxfusion.rules.registry import operator_name
@@ -120,6 +120,13 @@ class Observation:
     dimension: int
     scope: tuple[int, ...]
 
+    def of(self, plan: Plan, other: Plan) -> Observation:
+        """Return the same place in a network of other widths."""
+        if other is plan:
+            return self
+        number = next(index for index, item in enumerate(plan.activations[self.node]) if item is self.block)
+        return dataclasses.replace(self, block=other.activations[self.node][number])
+
 
 LEAST_SAMPLES = 2  # below, units have no correlation
 
@@ -196,9 +203,7 @@ def _is_observed(node: fx.Node, plan: Plan) -> bool:
 
 
 def collect(
-    capture: Capture,
-    plan: Plan,
-    states: Sequence[State],
+    parents: Sequence[Parent],
     target: int,
     batches: Iterable[tuple[Sequence[Any], Mapping[str, Any]]],
     total: int = 0,
@@ -209,10 +214,7 @@ def collect(
 
     Parameters
     ----------
-    capture, plan
-        The graph that all parents share, and where spaces lie in it.
-    states : sequence of mapping
-        The parents' weights by the names that the graph uses.
+    parents : sequence of Parent
     target : int
         Position of the parent in whose basis the others will be expressed.
     batches : iterable of (args, kwargs)
@@ -228,18 +230,24 @@ def collect(
     list of dict of str to list of CrossMoments
         Per parent (empty for the target), by space, one per observation.
     """
+    plan, graph = parents[target].plan, parents[target].capture.module.graph
     if places is None:
-        places = observations(plan, capture.module.graph)
-    shapes = {space.name: Shape.of(plan, space) for space in plan.spaces}
+        places = observations(plan, graph)
+    shapes = [
+        {space.name: Shape.of(parent.plan, space) for space in parent.plan.spaces} for parent in parents
+    ]
     moments: list[dict[str, list[CrossMoments]]] = []
-    for index in range(len(states)):
+    for index in range(len(parents)):
         moments.append(
             {
                 name: [
-                    CrossMoments(shapes[name].fixed, *[shapes[name].outer * shapes[name].size] * 2)
+                    CrossMoments(
+                        shape.fixed, shape.outer * shape.size, shape.source_outer * shape.source_size
+                    )
                     for _ in where
                 ]
                 for name, where in places.items()
+                for shape in [shapes[index][name]]
                 if index != target
             }
         )
@@ -248,16 +256,27 @@ def collect(
         for number, observation in enumerate(where):
             at_node.setdefault(observation.node, []).append((name, number, observation))
 
-    def observe(node: fx.Node, values: Sequence[torch.Tensor]) -> None:
-        for name, number, observation in at_node.get(node.name, ()):
-            seen = [_samples(value, observation, shapes[name]) for value in values]
-            for index, sample in enumerate(seen):
-                if index != target:
-                    moments[index][name][number].update(seen[target], sample)
+    alike = _by_capture(parents)
+    order = [index for group in alike for index in group]
 
-    program = Program(capture)
+    def observe(node: fx.Node, values: list[list[torch.Tensor]]) -> None:
+        found = dict(zip(order, (value for part in values for value in part), strict=True))
+        for name, number, observation in at_node.get(node.name, ()):
+            shape = shapes[target][name]
+            own = _samples(found[target], observation, shape.fixed, shape.outer * shape.size)
+            for index in order:
+                if index != target:
+                    shape = shapes[index][name]
+                    place = observation.of(plan, parents[index].plan.source)
+                    units = shape.source_outer * shape.source_size
+                    sample = _samples(found[index], place, shape.fixed, units)
+                    moments[index][name][number].update(own, sample)
+
+    programs = [
+        (Program(parents[group[0]].capture), [parents[index].state for index in group]) for group in alike
+    ]
     for done, (args, kwargs) in enumerate(batches, start=1):
-        program.run(states, args, kwargs, observe=observe)
+        run_together(programs, args, kwargs, observe)
         progress("calibrate", done, total)
     for name, streamed in next((item for item in moments if item), {}).items():
         if any(item.count < LEAST_SAMPLES for item in streamed):
@@ -267,11 +286,19 @@ def collect(
     return moments
 
 
-def _samples(value: torch.Tensor, observation: Observation, shape: Shape) -> torch.Tensor:
+def _by_capture(parents: Sequence[Parent]) -> list[list[int]]:
+    """Return the positions of parents that share a graph."""
+    groups: dict[int, list[int]] = {}
+    for index, parent in enumerate(parents):
+        groups.setdefault(id(parent.capture), []).append(index)
+    return list(groups.values())
+
+
+def _samples(value: torch.Tensor, observation: Observation, fixed: int, units: int) -> torch.Tensor:
     """Return an activation as ``[fixed outer units, outer * own units, samples]`` in float32 or wider."""
     block = observation.block.bind(value.shape)
     view = block.view(value)
     leading = [*observation.scope, observation.dimension]
     rest = [axis for axis in range(view.ndim) if axis not in leading]
-    view = view.permute(*leading, *rest).reshape(shape.fixed, shape.outer * shape.size, -1)
+    view = view.permute(*leading, *rest).reshape(fixed, units, -1)
     return view if view.dtype is torch.float64 else view.float()

@@ -69,7 +69,14 @@ def act(plan: Plan, maps: Maps, state: Mapping[str, torch.Tensor]) -> dict[str, 
     reading = reading_axes(plan)
     moved = dict(state)
     for name, layout in plan.layouts.items():
-        moved[name] = transport_tensor(state[name].detach(), layout, maps, reading.get(name, frozenset()))
+        moved[name] = transport_tensor(
+            state[name].detach(),
+            plan.source.layouts[name],
+            maps,
+            reading.get(name, frozenset()),
+            layout,
+            plan.gains,
+        )
     return moved
 
 

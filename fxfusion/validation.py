@@ -19,9 +19,9 @@ from fxfusion.errors import (
     OptionError,
     TieMismatchError,
     TooFewModelsError,
-    WidthMismatchError,
 )
 from fxfusion.execution import Program
+from fxfusion.pairing import widths_differ
 from fxfusion.state import prepared
 
 SAMPLES = 2  # of the example, on which parents are compared with the captured graph
@@ -83,7 +83,8 @@ InvalidWeightError
             _check_pair(
                 model_name(models[target], target), model_name(model, index), states[target], states[index]
             )
-            _check_structure(models[target], model, target, index)
+            same = not widths_differ([states[target], states[index]])
+            _check_structure(models[target], model, target, index, same)
             _check_ties(models[target], model, target, index)
     for index, (model, state) in enumerate(zip(models, states, strict=True)):
         _check_finite(model_name(model, index), state)
@@ -109,10 +110,7 @@ def _check_pair(
         f"{key} {tuple(state[key].shape)} against {tuple(reference[key].shape)}" for key in unequal[:_SHOWN]
     )
     if all(reference[key].ndim == state[key].ndim for key in unequal):
-        raise WidthMismatchError(
-            f"{name} and {reference_name} differ in width: {listed}. Fusing unequal widths is not supported "
-            "yet."
-        )
+        return  # other widths, to be paired once both are planned
     raise ArchitectureMismatchError(f"{name} and {reference_name} are not of one architecture: {listed}")
 
 
@@ -126,7 +124,7 @@ def _check_class(reference: Model, model: Model, target: int, index: int) -> Non
     )
 
 
-def _check_structure(reference: Model, model: Model, target: int, index: int) -> None:
+def _check_structure(reference: Model, model: Model, target: int, index: int, same: bool) -> None:
     """Compare classes, module trees and configurations: equal names do not make an equal function."""
     generic = (fx.GraphModule, ExportedProgram)
     if isinstance(reference, generic) or isinstance(model, generic):
@@ -141,11 +139,21 @@ def _check_structure(reference: Model, model: Model, target: int, index: int) ->
             )
     left_config, right_config = (_configuration(item) for item in (reference, model))
     for key in left_config:
-        if key not in _PROVENANCE and left_config[key] != right_config.get(key):
+        left_value, right_value = left_config[key], right_config.get(key)
+        if not same and _is_width(left_value) and _is_width(right_value):
+            continue
+        if key not in _PROVENANCE and left_value != right_value:
             raise ArchitectureMismatchError(
-                f"{names} are configured differently: {key} is {right_config.get(key)!r} in one, "
-                f"{left_config[key]!r} in the other"
+                f"{names} are configured differently: {key} is {right_value!r} in one, "
+                f"{left_value!r} in the other"
             )
+
+
+def _is_width(value: object) -> bool:
+    """Whether a value of a configuration may be a width, or several."""
+    if isinstance(value, (list, tuple)):
+        return bool(value) and all(map(_is_width, value))
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _configuration(model: torch.nn.Module) -> dict[str, object]:
@@ -219,7 +227,11 @@ def _some(names: Sequence[str]) -> str:
 
 
 def check_function(
-    capture: Capture, models: Sequence[Model], states: Sequence[Mapping[str, torch.Tensor]], target: int
+    capture: Capture,
+    models: Sequence[Model],
+    states: Sequence[Mapping[str, torch.Tensor]],
+    alike: Sequence[int],
+    target: int,
 ) -> None:
     """Check that every parent computes what the captured graph computes with its weights.
 
@@ -232,6 +244,8 @@ def check_function(
         Of the target.
     models, states : sequence
         The parents and their state dicts.
+    alike : sequence of int
+        Positions of the parents to check: those of the target's widths.
     target : int
 
     Raises
@@ -244,7 +258,7 @@ def check_function(
     program = Program(capture)
     args, kwargs = first_samples(capture, SAMPLES)
     precision = _precision(states[target])
-    for index in sorted(range(len(models)), key=lambda item: item != target):
+    for index in sorted(alike, key=lambda item: item != target):
         own = _precision(states[index])
         inputs = _cast((args, kwargs), precision, own)
         weights = _cast(capture.canonical(states[index]), own, precision)

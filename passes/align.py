@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
-import torch
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
@@ -25,10 +23,6 @@ class Align(FusionPass):
 
     Parameters
     ----------
-    parents : sequence of dict
-        State dicts of all parents, the target among them.
-    target : int
-        Position of the parent in whose basis the others are expressed.
     batches : Batches, optional
         Calibration data; without it, weights alone are compared.
     coupling : Coupling
@@ -38,41 +32,28 @@ class Align(FusionPass):
         With three parents or more: how often each is aligned with the average of the others at most.
     """
 
-    parents: Sequence[dict[str, torch.Tensor]]
-    target: int = -1
     batches: Batches | None = None
     coupling: Coupling = dataclasses.field(default_factory=Coupling)
     progress: Progress = silent
     rounds: int = 0
 
     def requires(self, graph_module: GraphModule) -> None:
-        """There is a plan."""
-        state_of(graph_module, "plan", "Propagate")
+        """The parents are paired."""
+        state_of(graph_module, "parents", "Pair")
 
     def call(self, graph_module: GraphModule) -> PassResult:
         """Run the pass; the graph itself stays as it is."""
         state = state_of(graph_module)
-        state.parents = [state.capture.canonical(parent) for parent in self.parents]
-        state.target = range(len(self.parents))[self.target]
-        assert state.plan is not None
         moments = None
         if self.batches is not None:
-            moments = collect(
-                state.capture,
-                state.plan,
-                state.parents,
-                state.target,
-                self.batches,
-                len(self.batches),
-                self.progress,
-            )
+            moments = collect(state.parents, state.target, self.batches, len(self.batches), self.progress)
         state.alignments = [
             None
             if index == state.target
             else align(
-                state.plan,
-                state.parents[state.target],
-                parent,
+                parent.plan,
+                state.parents[state.target].state,
+                parent.state,
                 self.coupling,
                 moments[index] if moments else None,
                 self.progress,
@@ -81,7 +62,6 @@ class Align(FusionPass):
         ]
         if self.rounds and len(state.parents) > 2:
             state.alignments = align_together(
-                state.plan,
                 state.parents,
                 state.alignments,
                 state.target,

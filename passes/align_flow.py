@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
-import torch
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
@@ -43,10 +41,6 @@ class AlignFlow(FusionPass):
 
     Parameters
     ----------
-    parents : sequence of dict
-        State dicts of all parents, the target among them.
-    target : int
-        Position of the parent in whose basis the others are expressed.
     options : Flow
     batches : Batches, optional
         Calibration data; without it, weights are compared.
@@ -55,16 +49,14 @@ class AlignFlow(FusionPass):
     progress : callable, optional
     """
 
-    parents: Sequence[dict[str, torch.Tensor]]
-    target: int = -1
     options: Flow = dataclasses.field(default_factory=Flow)
     batches: Batches | None = None
     coupling: Coupling = dataclasses.field(default_factory=Coupling)
     progress: Progress = silent
 
     def requires(self, graph_module: GraphModule) -> None:
-        """There is a plan, and calibration data for policies that weigh activations."""
-        state_of(graph_module, "plan", "Propagate")
+        """The parents are paired, and there are calibration data for policies that weigh activations."""
+        state_of(graph_module, "parents", "Pair")
         if self.batches is None:
             check_policy(self.options)
 
@@ -72,8 +64,6 @@ class AlignFlow(FusionPass):
         """Run the pass; the graph itself stays as it is."""
         state = state_of(graph_module)
         assert state.plan is not None
-        state.parents = [state.capture.canonical(parent) for parent in self.parents]
-        state.target = range(len(self.parents))[self.target]
         carried = carry(state.capture, state.plan, self.options)
         moments = self._moments(state, carried)
         state.alignments = []
@@ -83,10 +73,10 @@ class AlignFlow(FusionPass):
                 None
                 if index == state.target
                 else solve_flow(
-                    state.plan,
+                    parent.plan,
                     carried,
-                    state.parents[state.target],
-                    parent,
+                    state.parents[state.target].state,
+                    parent.state,
                     self.options,
                     self.coupling,
                     moments[index] if moments else None,
@@ -109,14 +99,7 @@ class AlignFlow(FusionPass):
             self.options.residual in _WEIGHTED,
         )
         collected = collect(
-            state.capture,
-            state.plan,
-            state.parents,
-            state.target,
-            self.batches,
-            len(self.batches),
-            self.progress,
-            places,
+            state.parents, state.target, self.batches, len(self.batches), self.progress, places
         )
         found: list[Moments] = []
         for streamed in collected:

@@ -8,19 +8,18 @@ import torch
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
+from fxfusion.pairing import Parent
 from fxfusion.passes.base import FusionPass
-from fxfusion.plan import Plan
 from fxfusion.state import state_of
 from fxfusion.symmetry import act
-from fxfusion.transport.cost import State
 from fxfusion.transport.flow import act_locally
 from fxfusion.transport.joint import Alignment
 
 
-def _aligned(plan: Plan, alignment: Alignment, parent: State) -> dict[str, torch.Tensor]:
+def _aligned(alignment: Alignment, parent: Parent) -> dict[str, torch.Tensor]:
     if alignment.local is not None:
-        return act_locally(plan, alignment.local, parent)
-    return act(plan, alignment.maps, parent)
+        return act_locally(parent.plan, alignment.local, parent.state)
+    return act(parent.plan, alignment.maps, parent.state)
 
 
 @dataclasses.dataclass(eq=False)
@@ -34,9 +33,8 @@ class ApplyTransports(FusionPass):
     def call(self, graph_module: GraphModule) -> PassResult:
         """Run the pass; the graph itself stays as it is."""
         state = state_of(graph_module)
-        assert state.plan is not None
         state.aligned = [
-            parent if alignment is None else _aligned(state.plan, alignment, parent)
+            dict(parent.state) if alignment is None else _aligned(alignment, parent)
             for parent, alignment in zip(state.parents, state.alignments, strict=True)
         ]
         return PassResult(graph_module, False)

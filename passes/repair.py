@@ -22,7 +22,7 @@ from fxfusion.calibration import Batches
 from fxfusion.passes.base import FusionPass
 from fxfusion.passes.merge import write
 from fxfusion.progress import Progress, silent
-from fxfusion.repair import corrected_statistics
+from fxfusion.repair import corrected_statistics, weighted_statistics
 from fxfusion.state import state_of
 
 
@@ -49,9 +49,15 @@ class Repair(FusionPass):
         state = state_of(graph_module)
         if self.batches is None:
             return PassResult(graph_module, False)
-        corrected = corrected_statistics(
-            state.capture, state.merged, state.aligned, state.weights, self.batches, self.progress
-        )
+        # Parents of other widths no longer compute what their own statistics were taken from.
+        kept = [index for index, parent in enumerate(state.parents) if parent.capture is state.capture]
+        parents = [state.aligned[index] for index in kept]
+        total = sum(state.weights[index] for index in kept)
+        shares = [state.weights[index] / total if total else 1.0 / len(kept) for index in kept]
+        stored = state.merged
+        if len(kept) < len(state.parents):
+            stored = {**stored, **weighted_statistics(state.capture, parents, shares)}
+        corrected = corrected_statistics(state.capture, stored, parents, shares, self.batches, self.progress)
         state.merged.update(corrected)
         write(graph_module, corrected, state.capture.aliases)
         return PassResult(graph_module, bool(corrected))

@@ -24,7 +24,6 @@ from fxfusion.errors import (
     OutputSelectionError,
     TieMismatchError,
     TooFewModelsError,
-    WidthMismatchError,
 )
 from fxfusion.rules import RULES
 from tests import zoo
@@ -182,10 +181,10 @@ PARENTS: dict[str, Case] = {
         lambda: [_timm_vit(2), _timm_vit(3)],
         (torch.randn(2, 3, 32, 32),),
     ),
-    "another width": Case(
-        WidthMismatchError,
-        ("model 0 (Plain)", "first.weight (9, 6) against (8, 6)", "not supported yet"),
-        lambda: [Plain(9), Plain()],
+    "another width and another activation": Case(
+        ArchitectureMismatchError,
+        ("model 0 (Plain)", "module 'activation'"),
+        lambda: [Plain(9, nn.Tanh()), Plain()],
     ),
     "other ties": Case(
         TieMismatchError,

@@ -8,6 +8,7 @@ from torch import nn
 
 import fxfusion
 from fxfusion.errors import OptionError
+from fxfusion.pairing import Parent
 from fxfusion.state import state_of
 from fxfusion.symmetry import act
 from fxfusion.transport.barycenter import align_together, spread_of
@@ -65,17 +66,18 @@ def test_rounds_bring_parents_closer_and_leave_the_target_in_place() -> None:
     models = [perceptron(seed) for seed in range(5)]
     prepared = fxfusion.prepare(models[0], (X,))
     plan, capture = fxfusion.plan(prepared), state_of(prepared).capture
-    parents = [capture.canonical(model.state_dict()) for model in models]
+    states = [capture.canonical(model.state_dict()) for model in models]
+    parents = [Parent(capture, plan, state) for state in states]
     coupling = Coupling()
-    first = [None, *(align(plan, parents[0], parent, coupling) for parent in parents[1:])]
+    first = [None, *(align(plan, states[0], state, coupling) for state in states[1:])]
     names = list(plan.layouts)
 
     def distance(rounds: int) -> float:
-        found = align_together(plan, parents, first, 0, coupling, None, rounds)
+        found = align_together(parents, first, 0, coupling, None, rounds)
         assert found[0] is None
         moved = [
-            parent if item is None else act(plan, item.maps, parent)
-            for item, parent in zip(found, parents, strict=True)
+            state if item is None else act(plan, item.maps, state)
+            for item, state in zip(found, states, strict=True)
         ]
         return spread_of(moved, names)
 

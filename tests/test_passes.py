@@ -24,6 +24,7 @@ from fxfusion.passes.apply_transports import ApplyTransports
 from fxfusion.passes.base import FusionPass
 from fxfusion.passes.merge import Merge
 from fxfusion.passes.normalize import Normalize
+from fxfusion.passes.pair import Pair
 from fxfusion.passes.propagate import Propagate
 from fxfusion.passes.repair import Repair
 from fxfusion.state import state_of
@@ -47,8 +48,10 @@ def test_all_passes_run_in_torchs_pass_manager() -> None:
     module, parents = prepared()
     args, kwargs = zoo.inputs("perceptron", 8)
     batches = Batches(state_of(module).capture, [args])
-    align = Align(parents, batches=batches)
-    manager = PassManager([Normalize(), Propagate(), align, ApplyTransports(), Merge(), Repair(batches)])
+    align = Align(batches)
+    manager = PassManager(
+        [Normalize(), Propagate(), Pair(parents), align, ApplyTransports(), Merge(), Repair(batches)]
+    )
     result = manager(module)
     assert result.modified
     fused = fxfusion.fuse([zoo.build("perceptron", 0), zoo.build("perceptron", 1)], args, kwargs, [args])
@@ -57,7 +60,14 @@ def test_all_passes_run_in_torchs_pass_manager() -> None:
 
 def test_the_passes_are_what_fuse_runs() -> None:
     module, parents = prepared()
-    for item in (Normalize(), Propagate(), Align(parents, coupling=Coupling()), ApplyTransports(), Merge()):
+    for item in (
+        Normalize(),
+        Propagate(),
+        Pair(parents),
+        Align(coupling=Coupling()),
+        ApplyTransports(),
+        Merge(),
+    ):
         module = item(module).graph_module
     args, kwargs = zoo.inputs("perceptron")
     models = [zoo.build("perceptron", seed) for seed in range(2)]
@@ -77,26 +87,26 @@ def test_passes_obey_constraints_on_their_order() -> None:
 
 
 def test_passes_are_passes_with_options_as_fields() -> None:
-    for kind in (Normalize, Propagate, Align, ApplyTransports, Merge, Repair):
+    for kind in (Normalize, Propagate, Pair, Align, ApplyTransports, Merge, Repair):
         assert issubclass(kind, PassBase)
         assert dataclasses.is_dataclass(kind)
 
 
 def test_a_pass_may_run_twice() -> None:
     module, parents = prepared()
-    PassManager([Normalize(), Propagate(), Align(parents), ApplyTransports(), Merge()])(module)
+    PassManager([Normalize(), Propagate(), Pair(parents), Align(), ApplyTransports(), Merge()])(module)
     first = dict(state_of(module).merged)
-    PassManager([Propagate(), Align(parents), ApplyTransports(), Merge()])(module)
+    PassManager([Propagate(), Pair(parents), Align(), ApplyTransports(), Merge()])(module)
     assert all(torch.equal(first[name], tensor) for name, tensor in state_of(module).merged.items())
 
 
 # -- order ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("position", range(4))
+@pytest.mark.parametrize("position", range(5))
 def test_a_pass_before_the_one_that_it_needs_says_so(position: int) -> None:
     module, parents = prepared()
-    passes: list[FusionPass] = [Propagate(), Align(parents), ApplyTransports(), Merge(), Repair()]
+    passes: list[FusionPass] = [Propagate(), Pair(parents), Align(), ApplyTransports(), Merge(), Repair()]
     for item in passes[:position]:
         item(module)
     with pytest.raises(PassOrderError, match=rf"not set yet: run {type(passes[position]).__name__} first"):
@@ -114,8 +124,8 @@ def test_a_module_that_fxfusion_did_not_capture_is_refused() -> None:
 
 def test_the_pass_manager_names_the_cause() -> None:
     module, parents = prepared()
-    with pytest.raises(Exception, match="Align") as caught:
-        PassManager([Normalize(), Align(parents)])(module)
+    with pytest.raises(Exception, match="Pair") as caught:
+        PassManager([Normalize(), Pair(parents)])(module)
     assert isinstance(caught.value.__cause__, PassOrderError)
 
 
@@ -131,9 +141,9 @@ def test_the_pipeline_raises_a_passs_own_error() -> None:
 def test_modified_is_truthful() -> None:
     module, parents = prepared()
     batches = Batches(state_of(module).capture, [zoo.inputs("perceptron", 8)[0]])
-    expected = {"Propagate": False, "Align": False, "ApplyTransports": False, "Merge": True}
+    expected = {"Propagate": False, "Pair": False, "Align": False, "ApplyTransports": False, "Merge": True}
     Normalize()(module)
-    passes: list[FusionPass] = [Propagate(), Align(parents), ApplyTransports(), Merge()]
+    passes: list[FusionPass] = [Propagate(), Pair(parents), Align(), ApplyTransports(), Merge()]
     for item in passes:
         code, state = module.code, copy.deepcopy(module.state_dict())
         result = item(module)
@@ -164,7 +174,7 @@ def test_normalize_says_whether_it_removed_anything() -> None:
 def test_repair_without_batch_normalisation_changes_nothing() -> None:
     module, parents = prepared("glu")
     batches = Batches(state_of(module).capture, [zoo.inputs("glu", 8)[0]])
-    PassManager([Normalize(), Propagate(), Align(parents), ApplyTransports(), Merge()])(module)
+    PassManager([Normalize(), Propagate(), Pair(parents), Align(), ApplyTransports(), Merge()])(module)
     assert not Repair(batches)(module).modified
 
 
@@ -194,7 +204,7 @@ def test_a_broken_postcondition_is_noticed() -> None:
             return result
 
     module, parents = prepared()
-    for item in (Normalize(), Propagate(), Align(parents), ApplyTransports()):
+    for item in (Normalize(), Propagate(), Pair(parents), Align(), ApplyTransports()):
         item(module)
     with pytest.raises(AssertionError):
         Careless()(module)
@@ -203,7 +213,7 @@ def test_a_broken_postcondition_is_noticed() -> None:
 def test_merge_leaves_the_captured_tensors_alone() -> None:
     module, parents = prepared()
     before = [copy.deepcopy(parent) for parent in parents]
-    PassManager([Normalize(), Propagate(), Align(parents), ApplyTransports(), Merge()])(module)
+    PassManager([Normalize(), Propagate(), Pair(parents), Align(), ApplyTransports(), Merge()])(module)
     for parent, state in zip(parents, before, strict=True):
         assert all(torch.equal(parent[name], state[name]) for name in state)
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fxfusion.capture import capture
+from fxfusion.pairing import Parent
 from fxfusion.planning import make_plan
 from fxfusion.statistics import CrossMoments, collect, observations
 
@@ -129,7 +130,9 @@ def test_collected_moments_are_those_of_the_activations() -> None:
     (space,) = plan.spaces
     places = observations(plan, captured.module.graph)[space.name]
     states = [{name: tensor.detach() for name, tensor in model.named_parameters()} for model in models]
-    moments = collect(captured, plan, states, 0, [((x[:5],), {}), ((x[5:],), {})])
+    moments = collect(
+        [Parent(captured, plan, state) for state in states], 0, [((x[:5],), {}), ((x[5:],), {})]
+    )
     assert moments[0] == {}
     assert len(moments[1][space.name]) == len(places) == 2
     for place, found in zip(places, moments[1][space.name], strict=True):

@@ -113,12 +113,13 @@ class Records:
     """What rules report besides types; replaced at every sweep.
 
     ``inner`` holds the types of tensors that exist only inside of a decomposed operator, and of the one-hot
-    tensors that indices stand for.
+    tensors that indices stand for. ``products`` holds the axes over which products of activations are summed.
     """
 
     uses: list[Use] = dataclasses.field(default_factory=list)
     mixes: list[Mix] = dataclasses.field(default_factory=list)
     inner: list[tuple[Axis, ...]] = dataclasses.field(default_factory=list)
+    products: list[Axis] = dataclasses.field(default_factory=list)
 
 
 class Context:
@@ -351,6 +352,7 @@ class Context:
 
     def _record(self, contraction: notation.Contraction, operands: Sequence[Typed]) -> None:
         result = set(contraction.result)
+        held: set[str] = set()  # by an activation before
         for number, (operand, labels) in enumerate(zip(operands, contraction.operands, strict=True)):
             axes = dict(zip(labels, operand.axes, strict=True))
             others = [set(item) for place, item in enumerate(contraction.operands) if place != number]
@@ -364,6 +366,9 @@ class Context:
             if operand.origins:
                 for index, label in enumerate(labels):
                     self.records.uses.append(Use(operand, index, label not in result))
+            elif operand.value is None:
+                self.records.products += [axes[label] for label in axes if label in held - result]
+                held |= axes.keys()
 
 
 def _is_token(axis: Axis) -> bool | None:

@@ -25,7 +25,9 @@ def _channels(
 ) -> tuple[Axis, Axis]:
     """Contract channels ``groups * i`` of the input with the weight; return input and output channels."""
     if groups == 1:
-        result = context.einsum("i, o i -> o", Typed((x,)), _matrix(weight, writes, reads))
+        # Axes in their own order, so that it stays known which one writes and which one reads.
+        matrix = Typed(weight.axes[:2], weight.parameter, weight.origins)
+        result = context.einsum("i, o i -> o" if writes == 0 else "i, i o -> o", Typed((x,)), matrix)
         return x, result.axes[0]
     outputs, inputs = weight.axes[writes], weight.axes[reads]
     if writes == 0:  # weight [groups * o, i]
@@ -41,10 +43,6 @@ def _channels(
     if inputs.size > 1:
         _contracted(context, weight, reads)
     return x, context.flatten([group, inner])
-
-
-def _matrix(weight: Typed, writes: int, reads: int) -> Typed:
-    return Typed((weight.axes[writes], weight.axes[reads]), "", weight.origins)
 
 
 def _contracted(context: Context, weight: Typed, axis: int) -> None:

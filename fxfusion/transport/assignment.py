@@ -44,6 +44,55 @@ def assign(costs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return index, values
 
 
+def assign_groups(costs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Solve a batch of assignment problems between unequally many units.
+
+    Every unit of the larger side goes with exactly one of the smaller, which gets as many as any other, one
+    more or less. So a network is widened by copying units, which keeps its function, and narrowed by
+    averaging groups.
+
+    Parameters
+    ----------
+    costs : torch.Tensor
+        ``[batch, target, source]``.
+
+    Returns
+    -------
+    plans : torch.Tensor
+        ``[batch, target, source]``, all positive entries alike, summing to one.
+    values : torch.Tensor
+        ``[batch]``: the sum over target units of their mean cost.
+
+    Examples
+    --------
+    >>> plans, values = assign_groups(torch.tensor([[[0.0, 1.0, 0.0, 1.0], [1.0, 0.0, 1.0, 0.0]]]))
+    >>> plans.tolist(), values.tolist()
+    ([[[0.25, 0.0, 0.25, 0.0], [0.0, 0.25, 0.0, 0.25]]], [0.0])
+    """
+    narrowing = costs.shape[-2] < costs.shape[-1]
+    tall = (costs.mT if narrowing else costs).double().cpu()
+    plans = torch.stack([_groups(cost) for cost in tall])
+    plans = plans.mT if narrowing else plans
+    rows = plans / plans.sum(-1, keepdim=True)
+    values = (rows * costs.double().cpu()).sum((-2, -1))
+    return plans.to(costs), values.to(costs)
+
+
+def _groups(cost: torch.Tensor) -> torch.Tensor:
+    """Return the coupling for one cost matrix ``[many, few]``."""
+    many, few = cost.shape
+    least, more = divmod(many, few)
+    # Every column stands `least` times, and once more if it may have one more: those that go without are
+    # taken by rows that cost nothing there, and nowhere else.
+    columns = cost.repeat(1, least + bool(more))
+    rows = torch.full((columns.shape[1] - many, columns.shape[1]), float(cost.abs().max()) * many + 1.0).to(
+        cost
+    )
+    rows[:, few * least :] = 0.0
+    index = torch.from_numpy(linear_sum_assignment(torch.cat([columns, rows]).numpy())[1])[:many] % few
+    return torch.nn.functional.one_hot(index, few).double() / many
+
+
 def emd(costs: torch.Tensor, masses: Masses) -> tuple[torch.Tensor, torch.Tensor]:
     """Solve a batch of transport problems exactly, for units of unequal mass.
 

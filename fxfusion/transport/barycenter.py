@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from fxfusion.plan import Plan
+from fxfusion.pairing import Parent
 from fxfusion.progress import Progress, silent
 from fxfusion.statistics import CrossMoments
 from fxfusion.symmetry import act
@@ -55,8 +55,7 @@ def spread_of(states: Sequence[State], names: Sequence[str]) -> float:
 
 
 def align_together(
-    plan: Plan,
-    parents: Sequence[State],
+    parents: Sequence[Parent],
     alignments: Sequence[Alignment | None],
     target: int,
     coupling: Coupling,
@@ -68,9 +67,7 @@ def align_together(
 
     Parameters
     ----------
-    plan : Plan
-    parents : sequence of mapping of str to torch.Tensor
-        Weights by the names that the graph uses.
+    parents : sequence of Parent
     alignments : sequence of Alignment or None
         With the target, None for the target itself.
     target : int
@@ -88,10 +85,10 @@ def align_together(
     """
     found = list(alignments)
     moved = [
-        parent if item is None else act(plan, item.maps, parent)
+        dict(parent.state) if item is None else act(parent.plan, item.maps, parent.state)
         for item, parent in zip(found, parents, strict=True)
     ]
-    names = list(plan.layouts)
+    names = list(parents[target].plan.layouts)
     closest = spread_of(moved, names)
     for number in range(rounds):
         improved = False
@@ -101,8 +98,8 @@ def align_together(
             others = [state for position, state in enumerate(moved) if position != index]
             centre = {name: torch.stack([state[name] for state in others]).mean(0) for name in names}
             seen = moments[index] if moments else None
-            anew = align(plan, {**moved[target], **centre}, parent, coupling, seen)
-            tried = act(plan, anew.maps, parent)
+            anew = align(parent.plan, {**moved[target], **centre}, parent.state, coupling, seen)
+            tried = act(parent.plan, anew.maps, parent.state)
             distance = spread_of([*others, tried], names)
             if distance < closest * (1 - 1e-9):
                 found[index], moved[index], closest, improved = anew, tried, distance, True

@@ -22,7 +22,7 @@ from fxfusion.layout import Block
 from fxfusion.plan import Plan, Space
 from fxfusion.statistics import CrossMoments
 from fxfusion.symmetry import reading_axes
-from fxfusion.transport.hierarchy import Shape, Solution, Tree
+from fxfusion.transport.hierarchy import Shape, Solution, Tree, pairs
 from fxfusion.transport.map import Maps, innermost, scope_dimensions, transport_block
 
 State = Mapping[str, torch.Tensor]
@@ -48,13 +48,6 @@ def activation_cost(plan: Plan, space: Space, moments: Sequence[CrossMoments]) -
     for item in moments:
         total += pairs(1.0 - item.correlation, shape)
     return total / max(len(moments), 1)
-
-
-def pairs(matrix: torch.Tensor, shape: Shape) -> torch.Tensor:
-    """Reshape ``[fixed, outer * n, outer * n]`` to pairs of outer units times pairs of units."""
-    return matrix.reshape(shape.fixed, shape.outer, shape.size, shape.outer, shape.size).permute(
-        0, 1, 3, 2, 4
-    )
 
 
 @dataclasses.dataclass(eq=False)
@@ -135,11 +128,12 @@ class WeightCost:
             left, right = self._standardised(0, name), self._standardised(1, name)
             if left is None or right is None:
                 continue
-            for block in self.plan.layouts[name].blocks:
+            others = self.plan.source.layouts[name].blocks
+            for block, other in zip(self.plan.layouts[name].blocks, others, strict=True):
                 if skip and self._unsolved(block, tree, frozenset(maps)):
                     continue
                 carried = transport_block(
-                    block, block.view(right), maps, self._reading.get(name, frozenset()), skip=tree.names
+                    other, other.view(right), maps, self._reading.get(name, frozenset()), skip=tree.names
                 )
                 for space, dimension, scope in innermost(block, self._scopes):
                     if space in tree.names:
@@ -278,22 +272,46 @@ class _Place:
         self, left: torch.Tensor, right: torch.Tensor, unknown: Sequence[int], rows: int | None = None
     ) -> torch.Tensor:
         """Squared distances ``[fixed, target outer, source outer, n, n]``."""
-        a = self._features(left, unknown, rows or self.shape.outer)
-        b = self._features(right, unknown, self.shape.outer)
         shape = self.shape
+        a = self._features(left, unknown, rows or shape.outer, shape.size)
+        b = self._features(right, unknown, shape.source_outer, shape.source_size)
+        if unknown:
+            b = _resampled(b, a.shape[-1], math.prod(right.shape[axis] for axis in unknown))
         cross = torch.matmul(a.flatten(1, 2), b.flatten(1, 2).mT)
-        cross = cross.reshape(shape.fixed, a.shape[1], shape.size, shape.outer, shape.size).permute(
-            0, 1, 3, 2, 4
-        )
+        cross = pairs(cross, dataclasses.replace(shape, outer=a.shape[1]))
         norms_a = a.square().sum(-1)[:, :, None, :, None]
         norms_b = b.square().sum(-1)[:, None, :, None, :]
         return (norms_a + norms_b - 2.0 * cross).double()
 
-    def _features(self, view: torch.Tensor, unknown: Sequence[int], outer: int) -> torch.Tensor:
+    def _features(self, view: torch.Tensor, unknown: Sequence[int], outer: int, size: int) -> torch.Tensor:
         """Return ``[fixed, outer, n, features]``, values along unknown axes sorted."""
         known = [axis for axis in range(view.ndim) if axis not in self.leading and axis not in unknown]
         view = view.permute(*self.leading, *known, *unknown)
         lead = len(self.leading)
         if unknown:
             view = view.flatten(view.ndim - len(unknown)).sort(-1).values
-        return view.reshape(self.shape.fixed, outer, self.shape.size, math.prod(view.shape[lead:]))
+        return view.reshape(self.shape.fixed, outer, size, math.prod(view.shape[lead:]))
+
+
+def _resampled(features: torch.Tensor, wanted: int, length: int) -> torch.Tensor:
+    """Return features ``[..., known * length]``, the sorted values last, with ``wanted`` in all.
+
+    Values in ascending order are quantiles, which can be read off at other levels where widths differ.
+    """
+    return resample(features.unflatten(-1, (-1, length)), wanted // (features.shape[-1] // length)).flatten(
+        -2
+    )
+
+
+def resample(values: torch.Tensor, count: int) -> torch.Tensor:
+    """Return sorted values ``[..., n]`` interpolated to ``[..., count]``.
+
+    Examples
+    --------
+    >>> resample(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), 2)
+    tensor([[0.5000, 2.5000]])
+    """
+    if values.shape[-1] == count:
+        return values
+    flat = values.reshape(1, -1, values.shape[-1])
+    return torch.nn.functional.interpolate(flat, count, mode="linear").reshape(*values.shape[:-1], count)

@@ -14,6 +14,7 @@ Singh and Jaggi, Model Fusion via Optimal Transport, NeurIPS 2020, arXiv 1910.05
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -26,20 +27,29 @@ from fxfusion.symmetry import reading_axes
 from fxfusion.transport.assignment import Masses
 from fxfusion.transport.carry import Carried, Join, Solve, Streams, Transport, Writer, settled
 from fxfusion.transport.compare import Comparison, compare, ground_cost
-from fxfusion.transport.cost import State, pairs
+from fxfusion.transport.cost import State, resample
 from fxfusion.transport.hierarchy import (
     Coupling,
     Shape,
     Tree,
     costs_of,
     identity,
+    pairs,
     solve_tree,
     spread,
     to_maps,
     trees,
 )
 from fxfusion.transport.joint import Alignment
-from fxfusion.transport.map import BlockMaps, HardMap, Map, SoftMap, axis_of, transport_block
+from fxfusion.transport.map import (
+    BlockMaps,
+    HardMap,
+    Map,
+    SoftMap,
+    axis_of,
+    in_order,
+    transport_block,
+)
 from fxfusion.transport.options import Flow, Heads, Marginals, Residual, Scaling
 
 Moments = Mapping[tuple[str, str], Sequence[CrossMoments]]  # by node and space
@@ -117,7 +127,7 @@ def solve_flow(
         name: [solver.block_maps(name, block) for block in layout.blocks]
         for name, layout in plan.layouts.items()
     }
-    ends = {space.name: maps.get(space.name) or _identity(plan, space.name) for space in plan.spaces}
+    ends = {space.name: maps.get(space.name) or _in_place(plan, space.name) for space in plan.spaces}
     return Alignment(ends, solver.before, solver.after, 1, local)
 
 
@@ -144,12 +154,13 @@ def act_locally(
         if not any(item.writing or item.reading for item in local[name]):
             continue
         tensor = state[name].detach()
-        moved[name] = torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        for block, item in zip(layout.blocks, local[name], strict=True):
-            view = transport_block(
-                block, block.view(tensor), item.writing, reading.get(name, frozenset()), reads=item.reading
-            )
-            block.view(moved[name]).copy_(view)
+        moved[name] = tensor.new_empty(layout.shape)
+        reads = reading.get(name, frozenset())
+        blocks = zip(layout.blocks, plan.source.layouts[name].blocks, local[name], strict=True)
+        for into, block, item in blocks:
+            view = transport_block(block, block.view(tensor), item.writing, reads, reads=item.reading)
+            factor = plan.gains.of(layout, block, reads)
+            into.view(moved[name]).copy_(view if factor == 1.0 else view * factor)
     return moved
 
 
@@ -203,12 +214,19 @@ class _FlowSolver:
             reads = axis_of(block, dimension) in self.reading.get(name, frozenset())
             first, second = self.carried.reading, self.carried.writing
             transport = first.get(key, second.get(key)) if reads else second.get(key, first.get(key))
-            if transport is None:
-                continue
             side = chosen.reading if reads else chosen.writing
-            found = self.maps(transport)
-            side.update({key: found[key] for key in (space, *self.streams.scopes[space]) if key in found})
+            side.update(self._found({} if transport is None else self.maps(transport), space))
         return chosen
+
+    def _found(self, maps: Mapping[str, Map], space: str) -> dict[str, Map]:
+        """Return the maps of a space and its outer ones; what has none, in place if it may stay there."""
+        found = {}
+        for name in (space, *self.streams.scopes[space]):
+            if name in maps:
+                found[name] = maps[name]
+            elif self.plan.scope_size(name) != self.plan.source.scope_size(name):
+                found[name] = _in_place(self.plan, name)
+        return found
 
     def _join(self, join: Join) -> dict[str, Map]:
         skip, branch = self.maps(join.skip), self.maps(join.branch)
@@ -305,22 +323,21 @@ class _FlowSolver:
         if plans is None:
             assert index is not None
             plans = torch.nn.functional.one_hot(index, cost.shape[-1]).double()
-        self._count({stream: float(cost.diagonal(dim1=-2, dim2=-1).sum())}, self.before)
+        ordered = in_order(*cost.shape[-2:]) * cost.shape[-2]
+        self._count({stream: float((ordered * cost).sum())}, self.before)
         self._count({stream: float(values.sum())}, self.after)
+        sizes = [(self.plan.scope_size(name), self.plan.source.scope_size(name)) for name in space.scope]
+        fixed = sum(name in {item.name for item in self.plan.fixed} for name in space.scope)
         sides = []
         for axis in (-1, -2):
             side = plans / plans.sum(axis, keepdim=True).clamp_min(torch.finfo(plans.dtype).tiny)
-            side = side.reshape(shape.fixed, shape.outer, shape.size, shape.outer, shape.size)
-            sizes = [self.plan.scope_size(name) for name in space.scope]
-            fixed = sum(name in {item.name for item in self.plan.fixed} for name in space.scope)
-            sides.append(spread(side.permute(0, 1, 3, 2, 4), sizes, fixed))
+            target, source = zip(*sizes, strict=True) if sizes else ((), ())
+            sides.append(spread(pairs(side, shape), target, source, fixed))
         maps: dict[str, Map] = {stream: SoftMap(space.scope, sides[0], sides[1])}
         free = {item.name for item in self.plan.spaces}
         for position, outer in enumerate(space.scope):
             if outer in free:  # what an outer unit is coupled with is decided unit by unit below it
-                sizes = [self.plan.scope_size(name) for name in space.scope[:position]]
-                size = self.plan.scope_size(outer)
-                ones = torch.ones(*[above for above in sizes for _ in (0, 1)], size, size)
+                ones = torch.ones(*[side for pair in sizes[: position + 1] for side in pair])
                 maps[outer] = SoftMap(space.scope[:position], ones, ones)
         return maps
 
@@ -370,8 +387,10 @@ class _FlowSolver:
         tensor = self.states[side][name].detach().float()
         reading = self.reading.get(name, frozenset())
         shape = Shape.of(self.plan, self.plan[space])
+        units = shape.source_outer * shape.source_size if side else shape.outer * shape.size
+        plan = self.plan.source if side else self.plan
         found = []
-        for block in self.plan.layouts[name].blocks:
+        for block, own in zip(plan.layouts[name].blocks, self.plan.layouts[name].blocks, strict=True):
             for _, inner, dimension, scope in self.streams.in_block(block):
                 if inner != space or axis_of(block, dimension) in reading:
                     continue
@@ -385,7 +404,8 @@ class _FlowSolver:
                 view = view.permute(*places, *known, *unknown)
                 if unknown:  # in no order that could be compared
                     view = view.flatten(view.ndim - len(unknown)).sort(-1).values
-                found.append(view.reshape(shape.fixed, shape.outer * shape.size, -1))
+                    view = resample(view, math.prod(own.factors[place].size for place in unknown))
+                found.append(view.reshape(shape.fixed, units, -1))
         return torch.cat(found, -1) if found else torch.empty(0)
 
     def _arriving(self, name: str, block: Block) -> tuple[dict[str, Map], list[int]]:
@@ -399,9 +419,7 @@ class _FlowSolver:
             if self._needs_pending(transport):
                 unknown += [*scope, dimension]
                 continue
-            found = self.maps(transport)
-            names = (space, *self.streams.scopes[space])
-            arriving.update({key: found[key] for key in names if key in found})
+            arriving.update(self._found(self.maps(transport), space))
         return arriving, unknown
 
     def _is_blocked(self, name: str) -> bool:
@@ -431,7 +449,9 @@ def _soft(item: Map | None, plan: Plan, name: str) -> SoftMap:
     """Return a map as a soft one; none is the identity."""
     if isinstance(item, SoftMap):
         return item
-    item = item if item is not None else _identity(plan, name)
+    item = item if item is not None else _in_place(plan, name)
+    if isinstance(item, SoftMap):
+        return item
     sizes, size = item.index.shape[:-1], item.index.shape[-1]
     write = torch.nn.functional.one_hot(item.index, size).float()  # [target outer..., n, n]
     for axis, outer in enumerate(sizes):  # alike for every source outer unit: the outer map picks
@@ -441,7 +461,12 @@ def _soft(item: Map | None, plan: Plan, name: str) -> SoftMap:
     return SoftMap(item.scope, write, write)
 
 
-def _identity(plan: Plan, name: str) -> HardMap:
+def _in_place(plan: Plan, name: str) -> Map:
+    """Return the map that leaves every unit in its place; of unequal widths, in its order."""
     space = next(space for space in (*plan.spaces, *plan.fixed) if space.name == name)
-    sizes = [plan.scope_size(outer) for outer in space.scope]
-    return HardMap(space.scope, torch.arange(space.size).expand(*sizes, space.size))
+    names = (*space.scope, name)
+    target, source = ([side.scope_size(item) for item in names] for side in (plan, plan.source))
+    if target == source:
+        return HardMap(space.scope, torch.arange(space.size).expand(*target))
+    sizes = [side for pair in zip(target, source, strict=True) for side in pair]
+    return SoftMap.from_coupling(in_order(space.size, source[-1]).expand(*sizes), space.scope)

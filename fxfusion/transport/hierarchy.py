@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from fxfusion.plan import Plan, Space
-from fxfusion.transport.assignment import Masses, assign, emd
-from fxfusion.transport.map import HardMap, Map, SoftMap
+from fxfusion.transport.assignment import Masses, assign, assign_groups, emd
+from fxfusion.transport.map import HardMap, Map, SoftMap, in_order
 from fxfusion.transport.sinkhorn import sinkhorn
 
 
@@ -57,6 +57,8 @@ class Coupling:
             return None, *sinkhorn(costs, self.regularisation, self.absolute, self.relaxation, masses)
         if masses is not None:
             return None, *emd(costs, masses)
+        if costs.shape[-2] != costs.shape[-1]:
+            return None, *assign_groups(costs)
         index, values = assign(costs)
         return index, None, values
 
@@ -96,31 +98,41 @@ def trees(plan: Plan) -> list[Tree]:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The dimensions of a space's cost: fixed outer units, free outer units, own units."""
+    """The dimensions of a space's cost: fixed outer units, and free outer and own units of both sides."""
 
     fixed: int
     outer: int
     size: int
+    source_outer: int
+    source_size: int
 
     @classmethod
     def of(cls, plan: Plan, space: Space) -> Shape:
         """Return the dimensions for a space of a plan."""
         fixed = {item.name for item in plan.fixed}
+        free = [name for name in space.scope if name not in fixed]
         return cls(
             math.prod(plan.scope_size(name) for name in space.scope if name in fixed),
-            math.prod(plan.scope_size(name) for name in space.scope if name not in fixed),
+            math.prod(map(plan.scope_size, free)),
             space.size,
+            math.prod(map(plan.source.scope_size, free)),
+            plan.source.scope_size(space.name),
         )
 
     @property
     def units(self) -> int:
-        """Number of units, over all outer units."""
+        """Number of the target's units, over all outer units."""
         return self.fixed * self.outer * self.size
+
+    @property
+    def source_units(self) -> int:
+        """Number of the source's units, over all outer units."""
+        return self.fixed * self.source_outer * self.source_size
 
     @property
     def cost(self) -> tuple[int, int, int, int, int]:
         """``[fixed, target outer, source outer, target units, source units]``."""
-        return self.fixed, self.outer, self.outer, self.size, self.size
+        return self.fixed, self.outer, self.source_outer, self.size, self.source_size
 
 
 @dataclasses.dataclass(eq=False)
@@ -140,6 +152,12 @@ class Solution:
     index: torch.Tensor | None
     plan: torch.Tensor | None
     values: torch.Tensor
+
+    def widened(self, size: int) -> Solution:
+        """Return the solution with a plan in place of an index into ``size`` source units."""
+        if self.index is None:
+            return self
+        return Solution(None, torch.nn.functional.one_hot(self.index, size).double() / size, self.values)
 
 
 def solve_tree(
@@ -172,7 +190,7 @@ def solve_tree(
         for child in tree.members:
             if len(child.scope) and child.scope[-1] == space.name:
                 cost += _child_values(plan, space, child, solved[child.name])
-        flat = cost.reshape(-1, shape.size, shape.size)
+        flat = cost.reshape(-1, shape.size, shape.source_size)
         given = (masses or {}).get(space.name)
         index, plans, values = coupling.solve(flat, None if given is None else _paired(given, shape))
         solved[space.name] = Solution(
@@ -180,14 +198,17 @@ def solve_tree(
             None if plans is None else plans.reshape(shape.cost),
             values.reshape(shape.cost[:3]),
         )
+    if any(solution.index is None for solution in solved.values()):  # then none of the tree is one-to-one
+        return {space.name: solved[space.name].widened(space.size) for space in tree.members}
     return solved
 
 
 def _paired(masses: Masses, shape: Shape) -> Masses:
     """Return the masses of the units within every pair of outer units, each set summing to one."""
-    target, source = (side.reshape(shape.fixed, shape.outer, shape.size) for side in masses)
+    target = masses[0].reshape(shape.fixed, shape.outer, shape.size)
+    source = masses[1].reshape(shape.fixed, shape.source_outer, shape.source_size)
     target = target.unsqueeze(2).expand(*shape.cost[:3], shape.size).reshape(-1, shape.size)
-    source = source.unsqueeze(1).expand(*shape.cost[:3], shape.size).reshape(-1, shape.size)
+    source = source.unsqueeze(1).expand(*shape.cost[:3], shape.source_size).reshape(-1, shape.source_size)
     return target / target.sum(-1, keepdim=True), source / source.sum(-1, keepdim=True)
 
 
@@ -195,8 +216,13 @@ def _child_values(plan: Plan, parent: Space, child: Space, solution: Solution) -
     """Return a child's optimal costs as a cost of the parent, fixed units that only it has summed out."""
     shape = Shape.of(plan, parent)
     values = solution.values.reshape(shape.fixed, -1, *solution.values.shape[1:]).sum(1)
-    outer, size = shape.outer, shape.size
-    return values.reshape(shape.fixed, outer, size, outer, size).permute(0, 1, 3, 2, 4)
+    return pairs(values, shape)
+
+
+def pairs(matrix: torch.Tensor, shape: Shape) -> torch.Tensor:
+    """Reshape ``[fixed, outer * n, outer * n]`` to pairs of outer units times pairs of units."""
+    sides = shape.outer, shape.size, shape.source_outer, shape.source_size
+    return matrix.reshape(shape.fixed, *sides).permute(0, 1, 3, 2, 4)
 
 
 def to_maps(plan: Plan, tree: Tree, solved: Mapping[str, Solution]) -> dict[str, Map]:
@@ -207,9 +233,9 @@ def to_maps(plan: Plan, tree: Tree, solved: Mapping[str, Solution]) -> dict[str,
         fixed = {item.name for item in plan.fixed}
         sizes = [plan.scope_size(name) for name in space.scope]
         if solution.plan is not None:
-            maps[space.name] = SoftMap.from_coupling(
-                spread(solution.plan, sizes, len(fixed & set(space.scope))), space.scope
-            )
+            others = [plan.source.scope_size(name) for name in space.scope]
+            coupling = spread(solution.plan, sizes, others, len(fixed & set(space.scope)))
+            maps[space.name] = SoftMap.from_coupling(coupling, space.scope)
             continue
         assert solution.index is not None
         matched = _matched_outer(plan, space, maps)  # [fixed, outer]: source outer unit of each target one
@@ -235,11 +261,19 @@ def _matched_outer(plan: Plan, space: Space, maps: Mapping[str, Map]) -> torch.T
     return flat
 
 
-def spread(coupling: torch.Tensor, sizes: Sequence[int], fixed: int) -> torch.Tensor:
-    """Reshape ``[fixed, outer, outer, n, n]`` to target and source dimensions per outer space."""
-    free = list(sizes[fixed:])
-    count = len(free)
-    view = coupling.reshape(*sizes[:fixed], *free, *free, *coupling.shape[-2:])
+def spread(coupling: torch.Tensor, target: Sequence[int], source: Sequence[int], fixed: int) -> torch.Tensor:
+    """Reshape ``[fixed, outer, outer, n, n]`` to target and source dimensions per outer space.
+
+    Parameters
+    ----------
+    coupling : torch.Tensor
+    target, source : sequence of int
+        Sizes of the outer spaces on both sides, the fixed ones first.
+    fixed : int
+        Number of fixed outer spaces.
+    """
+    count = len(target) - fixed
+    view = coupling.reshape(*target, *source[fixed:], *coupling.shape[-2:])
     order = [fixed + index + side * count for index in range(count) for side in (0, 1)]
     view = view.permute(*range(fixed), *order, -2, -1)
     for axis in range(fixed):  # a fixed unit couples with itself only
@@ -248,12 +282,17 @@ def spread(coupling: torch.Tensor, sizes: Sequence[int], fixed: int) -> torch.Te
 
 
 def identity(plan: Plan, tree: Tree) -> dict[str, Solution]:
-    """Return the solution that leaves every unit in its place."""
+    """Return the solution that leaves every unit in its place; of unequal sizes, in its order."""
     solved = {}
     for space in tree.members:
         shape = Shape.of(plan, space)
-        index = torch.arange(space.size).expand(*shape.cost[:4])
-        solved[space.name] = Solution(index, None, torch.zeros(shape.cost[:3]))
+        values = torch.zeros(shape.cost[:3])
+        if shape.size == shape.source_size:
+            index = torch.arange(space.size).expand(*shape.cost[:4])
+            solved[space.name] = Solution(index, None, values)
+        else:
+            coupling = in_order(shape.size, shape.source_size).expand(shape.cost)
+            solved[space.name] = Solution(None, coupling, values)
     return solved
 
 
@@ -282,13 +321,13 @@ def costs_of(
     for space in tree.members:
         shape = Shape.of(plan, space)
         parent = matched.get(space.scope[-1]) if space.scope else None
-        pairs = torch.ones(shape.cost[:3], dtype=torch.float64)
+        weight = torch.ones(shape.cost[:3], dtype=torch.float64)
         if parent is not None:
-            pairs = parent.repeat_interleave(shape.fixed // parent.shape[0], 0)
-        weights = pairs[..., None, None] * _rows(solved[space.name], space.size)
+            weight = parent.repeat_interleave(shape.fixed // parent.shape[0], 0)
+        weights = weight[..., None, None] * _rows(solved[space.name], shape.source_size)
         own[space.name] = float((weights * costs[space.name]).sum())
-        wide = shape.outer * shape.size
-        matched[space.name] = weights.permute(0, 1, 3, 2, 4).reshape(shape.fixed, wide, wide)
+        wide = shape.outer * shape.size, shape.source_outer * shape.source_size
+        matched[space.name] = weights.permute(0, 1, 3, 2, 4).reshape(shape.fixed, *wide)
     return {
         space.name: own[space.name] + sum(own[item.name] for item in tree.members if space.name in item.scope)
         for space in tree.members
@@ -296,7 +335,7 @@ def costs_of(
 
 
 def _rows(solution: Solution, size: int) -> torch.Tensor:
-    """Return a solution's plans with rows that sum to one."""
+    """Return a solution's plans, over ``size`` source units, with rows that sum to one."""
     if solution.index is not None:
         return torch.nn.functional.one_hot(solution.index, size).double()
     assert solution.plan is not None

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from fxfusion.layout import Block, ParameterLayout
+from fxfusion.plan import Gains
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,7 +88,12 @@ class BlockMaps:
 
 
 def transport_tensor(
-    tensor: torch.Tensor, layout: ParameterLayout, maps: Maps, reading: frozenset[int] = frozenset()
+    tensor: torch.Tensor,
+    layout: ParameterLayout,
+    maps: Maps,
+    reading: frozenset[int] = frozenset(),
+    into: ParameterLayout | None = None,
+    gains: Gains | None = None,
 ) -> torch.Tensor:
     """Carry transports through a parameter.
 
@@ -101,11 +107,15 @@ def transport_tensor(
         By name of space; spaces without a map keep their units.
     reading : frozenset of int
         Axes that read their space: soft maps apply their reading side there.
+    into : ParameterLayout, optional
+        How they lie in the target's parameter, if that has other widths.
+    gains : Gains, optional
+        What the result is multiplied by.
 
     Returns
     -------
     torch.Tensor
-        A new tensor of the same shape and dtype, or the tensor itself if no map touches it.
+        A new tensor of the target's shape and the same dtype, or the tensor itself if no map touches it.
 
     Examples
     --------
@@ -115,12 +125,31 @@ def transport_tensor(
     >>> transport_tensor(torch.tensor([1.0, 2.0, 3.0]), layout, {"s": HardMap((), torch.tensor([2, 0, 1]))})
     tensor([3., 1., 2.])
     """
-    if not layout.spaces() & maps.keys():
+    if not layout.spaces() & maps.keys():  # then no gain acts either
         return tensor
-    result = torch.empty_like(tensor, memory_format=torch.contiguous_format)
-    for block in layout.blocks:
-        block.view(result).copy_(transport_block(block, block.view(tensor), maps, reading))
+    into = into or layout
+    result = tensor.new_empty(into.shape)
+    for block, place in zip(layout.blocks, into.blocks, strict=True):
+        view = transport_block(block, block.view(tensor), maps, reading)
+        factor = gains.of(layout, block, reading) if gains is not None else 1.0
+        place.view(result).copy_(view if factor == 1.0 else view * factor)
     return result
+
+
+def in_order(target: int, source: int) -> torch.Tensor:
+    """Return the coupling of as many units as there are, neighbours kept together: ``[target, source]``.
+
+    Examples
+    --------
+    >>> in_order(2, 4)
+    tensor([[0.2500, 0.2500, 0.0000, 0.0000],
+            [0.0000, 0.0000, 0.2500, 0.2500]], dtype=torch.float64)
+    """
+    wide = max(target, source)
+    position = torch.arange(wide)
+    coupling = torch.zeros(target, source, dtype=torch.float64)
+    coupling[position * target // wide, position * source // wide] = 1.0 / wide
+    return coupling
 
 
 def transport_block(
