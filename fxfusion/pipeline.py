@@ -16,13 +16,14 @@ from torch import fx
 from fxfusion.calibration import Batches
 from fxfusion.capture import Model, capture
 from fxfusion.certify import Certificate, certify_plan
+from fxfusion.depth import Kept, match_layers, restored, shallow, stacks_of, unequal_stacks
 from fxfusion.errors import CalibrationRequiredError, CertificationError, InvalidWeightError, OptionError
 from fxfusion.pairing import widths_differ
 from fxfusion.passes.align import Align
 from fxfusion.passes.align_flow import AlignFlow, check_policy
 from fxfusion.passes.apply_transports import ApplyTransports
 from fxfusion.passes.base import FusionPass
-from fxfusion.passes.merge import Merge
+from fxfusion.passes.merge import Merge, write
 from fxfusion.passes.normalize import Normalize
 from fxfusion.passes.pair import Pair
 from fxfusion.passes.propagate import Propagate
@@ -36,7 +37,9 @@ from fxfusion.transport.hierarchy import Coupling
 from fxfusion.transport.options import Flow
 from fxfusion.validation import (
     check_choice,
+    check_finite,
     check_function,
+    check_models,
     check_parents,
     check_shares,
     model_name,
@@ -45,6 +48,7 @@ from fxfusion.validation import (
 
 FEATURES = ("activations", "weights")
 COUPLINGS = ("hard", "soft")
+LAYERS = ("keep", "drop")
 SOFT_REGULARISATION = 0.005
 CERTIFIED_SAMPLES = 2  # of the example, on which parents are certified before they are fused
 
@@ -254,12 +258,14 @@ def fuse(
     regularisation: float | None = None,
     flow: Flow | None = None,
     rounds: int = 0,
+    layers: str = "keep",
     progress: Progress | None = None,
 ) -> FusionResult:
     """Fuse models of one architecture: align their units by optimal transport, then average.
 
     Widths may differ: hidden units, channels, heads, embedding. A wider parent's units are then averaged in
     groups where they are written and summed where they are read, a narrower one's copied and divided.
+    Depths may differ, too: layers of a repeated block are paired in order by what they compute.
 
     Parameters
     ----------
@@ -292,6 +298,9 @@ def fuse(
     rounds : int
         With three models or more: how often each is aligned anew with the average of the others, as long as
         that brings them closer together. By default every one is aligned with the target alone.
+    layers : {"keep", "drop"}
+        What becomes of the target's layers that have no counterpart in the shallowest parent: kept as they
+        are, or dropped, so that the result is as shallow as that.
     progress : callable ``(stage, done, total)``, optional
 
     Returns
@@ -323,10 +332,10 @@ def fuse(
     >>> result.module(x).shape
     torch.Size([16, 2])
     """
-    clock = _Clock()
     features = features or ("weights" if calibration is None else "activations")
     check_choice("features", features, FEATURES)
     check_choice("coupling", coupling, COUPLINGS)
+    check_choice("layers", layers, LAYERS)
     if features == "activations" and calibration is None:
         raise CalibrationRequiredError(
             'features="activations" needs calibration data: give calibration=batches, or features="weights"'
@@ -337,11 +346,90 @@ def fuse(
         raise OptionError(f"rounds={rounds}: give 0 or more, and 0 with flow")
     if flow is not None:
         _check_flow(flow, features, coupling, regularisation)
+    options = _Options(features, coupling, seed, outputs, regularisation, flow, rounds, progress or silent)
     models = models if isinstance(models, torch.nn.Module) else list(models)
-    states = check_parents(models, target)
+    paths = [] if isinstance(models, torch.nn.Module) or len(models) < 2 else unequal_stacks(models)
+    if not paths:
+        return _fuse(models, args, kwargs, calibration, weights, target, options)
+    return _fuse_depths(models, paths, args, kwargs, calibration, weights, target, options, layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    features: str
+    coupling: str
+    seed: int
+    outputs: Sequence[str] | None
+    regularisation: float | None
+    flow: Flow | None
+    rounds: int
+    progress: Progress
+
+
+def _fuse_depths(
+    models: Sequence[Model],
+    paths: Sequence[str],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    calibration: Iterable[Any] | None,
+    weights: Sequence[float] | None,
+    target: int,
+    options: _Options,
+    layers: str,
+) -> FusionResult:
+    """Fuse the layers of deeper parents that go with those of the shallowest one."""
+    check_models(models, target)
+    modules = [model for model in models if isinstance(model, torch.nn.Module)]
+    for index, module in enumerate(modules):
+        check_finite(model_name(module, index), state_dict_of(module))
+    target = range(len(models))[target]
+    depth = [sum(len(stacks_of(module)[path]) for path in paths) for module in modules]
+    base = min(range(len(models)), key=lambda index: (depth[index], index != target))
+    capture = state_of(prepare(modules[base], args, kwargs)).capture
+    batches = None if calibration is None else Batches(capture, calibration)
+    kept: dict[int, Kept] = {}
+    for index, module in enumerate(modules):
+        if depth[index] != depth[base]:
+            samples = [(capture.args, capture.kwargs)] if batches is None else batches
+            names = model_name(modules[base], base), model_name(module, index)
+            kept[index] = match_layers(modules[base], module, paths, samples, names)
+            options.progress("match layers", index + 1, len(models))
+    reduced = [shallow(module, kept.get(index, {})) for index, module in enumerate(modules)]
+    seen = None if batches is None else batches.source
+    result = _fuse(reduced, args, kwargs, seen, weights, target, options, equal=False)
+    notes = [
+        f"of {path}, parent {index} takes part with layers {', '.join(map(str, positions))}"
+        for index, found in kept.items()
+        for path, positions in found.items()
+    ]
+    report = dataclasses.replace(result.report, notes=(*result.report.notes, *notes))
+    if layers == "drop" or target not in kept:
+        return dataclasses.replace(result, report=report)
+    full = prepare(modules[target], args, kwargs)
+    state = restored(state_dict_of(modules[target]), result.state_dict(), kept[target])
+    known = state_of(full).capture
+    write(full, {name: state[name] for name in known.parameters}, known.aliases)
+    full.meta.pop(KEY)
+    return FusionResult(full, report, result.plan, state)
+
+
+def _fuse(
+    models: Sequence[Model],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    calibration: Iterable[Any] | None,
+    weights: Sequence[float] | None,
+    target: int,
+    chosen: _Options,
+    equal: bool = True,
+) -> FusionResult:
+    """Fuse models of equal depths; ``equal`` says whether their configurations say so, too."""
+    clock = _Clock()
+    features, coupling, flow, seed = chosen.features, chosen.coupling, chosen.flow, chosen.seed
+    states = check_parents(models, target, equal)
     shares = check_shares(weights, len(models))
     target = range(len(models))[target]
-    show = progress or silent
+    show = chosen.progress
     show("capture", 0, 1)
     with clock.measure("capture"):
         module = prepare(models[target], args, kwargs)
@@ -360,16 +448,16 @@ def fuse(
         states = [_as_target(parent, states[target]) for parent in states]
     with clock.measure("propagate"):
         for captured in (module, *others.values()):
-            _run([Normalize(), Propagate(outputs)], captured)
+            _run([Normalize(), Propagate(chosen.outputs)], captured)
         module = _run([Pair(states, target, others)], module)
     with clock.measure("certify"):
         certificates = _certify_all(state, models, seed, show)
-    softness = SOFT_REGULARISATION if regularisation is None else regularisation
+    softness = SOFT_REGULARISATION if chosen.regularisation is None else chosen.regularisation
     if flow is not None and flow.regularisation is not None:
         softness = flow.regularisation
     observed = batches if features == "activations" else None
     passes: list[FusionPass] = [
-        _solver(flow, observed, coupling, softness, rounds, show),
+        _solver(flow, observed, coupling, softness, chosen.rounds, show),
         ApplyTransports(),
         Merge(shares),
         Repair(batches, show),

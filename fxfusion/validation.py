@@ -45,7 +45,7 @@ def state_dict_of(model: Model) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in state.items() if name not in lifted}
 
 
-def check_parents(models: Sequence[Model], target: int) -> list[dict[str, torch.Tensor]]:
+def check_parents(models: Sequence[Model], target: int, equal: bool = True) -> list[dict[str, torch.Tensor]]:
     """Check that models are parents of one architecture with sound weights.
 
     Parameters
@@ -53,6 +53,8 @@ def check_parents(models: Sequence[Model], target: int) -> list[dict[str, torch.
     models : sequence
     target : int
         Position of the parent with which the others are compared.
+    equal : bool
+        Whether their configurations must give equal depths.
 
     Returns
     -------
@@ -63,6 +65,29 @@ def check_parents(models: Sequence[Model], target: int) -> list[dict[str, torch.
     ------
     TooFewModelsError, OptionError, ArchitectureMismatchError, WidthMismatchError, TieMismatchError, \
 InvalidWeightError
+    """
+    check_models(models, target)
+    target = range(len(models))[target]
+    states = [state_dict_of(model) for model in models]
+    for index, model in enumerate(models):
+        if index != target:
+            _check_pair(
+                model_name(models[target], target), model_name(model, index), states[target], states[index]
+            )
+            same = equal and not widths_differ([states[target], states[index]])
+            _check_structure(models[target], model, target, index, same)
+            _check_ties(models[target], model, target, index)
+    for index, (model, state) in enumerate(zip(models, states, strict=True)):
+        check_finite(model_name(model, index), state)
+    return states
+
+
+def check_models(models: Sequence[Model], target: int) -> None:
+    """Check that there are at least two models, all of one class, and that ``target`` is one of them.
+
+    Raises
+    ------
+    TooFewModelsError, OptionError, ArchitectureMismatchError
     """
     if isinstance(models, torch.nn.Module):
         raise OptionError(f"models is one {type(models).__name__}: give a sequence of two or more models")
@@ -75,20 +100,8 @@ InvalidWeightError
             )
     if not isinstance(target, int) or not -len(models) <= target < len(models):
         raise OptionError(f"target={target!r}: give the position of one of the {len(models)} models")
-    target = range(len(models))[target]
-    states = [state_dict_of(model) for model in models]
     for index, model in enumerate(models):
-        if index != target:
-            _check_class(models[target], model, target, index)
-            _check_pair(
-                model_name(models[target], target), model_name(model, index), states[target], states[index]
-            )
-            same = not widths_differ([states[target], states[index]])
-            _check_structure(models[target], model, target, index, same)
-            _check_ties(models[target], model, target, index)
-    for index, (model, state) in enumerate(zip(models, states, strict=True)):
-        _check_finite(model_name(model, index), state)
-    return states
+        _check_class(models[target], model, range(len(models))[target], index)
 
 
 def _check_pair(
@@ -140,7 +153,7 @@ def _check_structure(reference: Model, model: Model, target: int, index: int, sa
     left_config, right_config = (_configuration(item) for item in (reference, model))
     for key in left_config:
         left_value, right_value = left_config[key], right_config.get(key)
-        if not same and _is_width(left_value) and _is_width(right_value):
+        if not same and _may_differ(left_value, right_value):
             continue
         if key not in _PROVENANCE and left_value != right_value:
             raise ArchitectureMismatchError(
@@ -149,11 +162,11 @@ def _check_structure(reference: Model, model: Model, target: int, index: int, sa
             )
 
 
-def _is_width(value: object) -> bool:
-    """Whether a value of a configuration may be a width, or several."""
-    if isinstance(value, (list, tuple)):
-        return bool(value) and all(map(_is_width, value))
-    return isinstance(value, int) and not isinstance(value, bool)
+def _may_differ(left: object, right: object) -> bool:
+    """Whether two values of a configuration may be widths or depths, or hold an entry for every layer."""
+    if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
+        return len(left) != len(right) or all(map(_may_differ, left, right))
+    return all(isinstance(value, int) and not isinstance(value, bool) for value in (left, right))
 
 
 def _configuration(model: torch.nn.Module) -> dict[str, object]:
@@ -172,7 +185,13 @@ def _check_ties(reference: Model, model: Model, target: int, index: int) -> None
         )
 
 
-def _check_finite(name: str, state: Mapping[str, torch.Tensor]) -> None:
+def check_finite(name: str, state: Mapping[str, torch.Tensor]) -> None:
+    """Check that a model has weights, and finite ones.
+
+    Raises
+    ------
+    InvalidWeightError
+    """
     for key, tensor in state.items():
         if tensor.is_meta:
             raise InvalidWeightError(
