@@ -1,0 +1,107 @@
+"""What is compared with fusion: averages, ensembles, truncation, and training from where they end."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from tasks import Size, Task
+from torch import nn
+
+import fxfusion
+
+
+def average(models: Sequence[nn.Module]) -> nn.Module:
+    """Return the vanilla average of networks of one size."""
+    states = [model.state_dict() for model in models]
+    fused = copy.deepcopy(models[0])
+    fused.load_state_dict(
+        {name: torch.stack([state[name].float() for state in states]).mean(0) for name in states[0]}
+    )
+    return fused.eval()
+
+
+def fuse(
+    task: Task,
+    models: Sequence[nn.Module],
+    like: nn.Module,
+    samples: int = 200,
+    features: str = "activations",
+    **options: Any,
+) -> nn.Module:
+    """Return the fusion of networks as an instance of the class, of the size of ``like``."""
+    seen = task.calibration(samples) if features == "activations" else None
+    result = fxfusion.fuse(models, kwargs=task.example(), calibration=seen, features=features, **options)
+    fused = copy.deepcopy(like)
+    fused.load_state_dict(result.state_dict())
+    return fused.eval()
+
+
+def truncated(model: nn.Module, like: nn.Module) -> nn.Module:
+    """Return a network cut to the widths of another: its first units (heads, channels) of every axis."""
+    cut = copy.deepcopy(like)
+    state = model.state_dict()
+    cut.load_state_dict(
+        {
+            name: state[name][tuple(slice(0, size) for size in tensor.shape)].clone()
+            for name, tensor in cut.state_dict().items()
+        }
+    )
+    return cut.eval()
+
+
+def padded(model: nn.Module, like: nn.Module) -> nn.Module:
+    """Return a network put into a wider one, whose other units are as they were initialised."""
+    wide = copy.deepcopy(like)
+    state = {name: tensor.clone() for name, tensor in wide.state_dict().items()}
+    for name, tensor in model.state_dict().items():
+        state[name][tuple(slice(0, size) for size in tensor.shape)] = tensor
+    wide.load_state_dict(state)
+    return wide.eval()
+
+
+def first_layers(model: nn.Module, like: nn.Module, path: str) -> nn.Module:
+    """Return a network of the depth of another: its first layers."""
+    depth = len(list(like.get_submodule(path).children()))
+    cut = copy.deepcopy(like)
+    kept = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(f"{path}.") or int(name[len(path) + 1 :].partition(".")[0]) < depth
+    }
+    cut.load_state_dict(kept)
+    return cut.eval()
+
+
+def mixed(left: nn.Module, right: nn.Module, share: float) -> nn.Module:
+    """Return a network on the line between two: ``(1 - share) * left + share * right``."""
+    return moved(left, [right], [share])
+
+
+def moved(origin: nn.Module, others: Sequence[nn.Module], shares: Sequence[float]) -> nn.Module:
+    """Return a network in the plane through several: ``origin + sum of share * (other - origin)``."""
+    result = copy.deepcopy(origin)
+    base = origin.state_dict()
+    states: list[Mapping[str, torch.Tensor]] = [other.state_dict() for other in others]
+    result.load_state_dict(
+        {
+            name: tensor
+            + sum(share * (state[name] - tensor) for share, state in zip(shares, states, strict=True))
+            if tensor.is_floating_point()
+            else tensor
+            for name, tensor in base.items()
+        }
+    )
+    return result.eval()
+
+
+def tuned(task: Task, model: nn.Module, steps: int, seed: int, **options: Any) -> nn.Module:
+    """Return a network after further training at a third of the rate; the network itself stays."""
+    return task.fit(copy.deepcopy(model), steps, seed, rate=options.pop("rate", task.rate / 3), **options)
+
+
+def halved(size: Size) -> Size:
+    """Return a size of half the width, heads and hidden units."""
+    return Size(size.width // 2, size.heads // 2, size.hidden // 2, size.depth)
