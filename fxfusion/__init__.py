@@ -6,6 +6,8 @@
 :func:`scramble`              a random symmetric twin: other weights, the same function
 :func:`fuse`                  align two or more parents and average them
 :class:`Flow`                 settings of ``fuse`` that solve layer by layer, as the paper does
+:class:`Coupling`             hard or soft couplings, also different ones for some spaces
+:class:`Observe`              which calibration activations count
 :func:`reference`             the settings of the paper's published code
 :func:`prepare`               capture a model, to run :mod:`fxfusion.passes` on it oneself
 :func:`specialise`            trace a model whose control flow depends on data, as the example takes it
@@ -19,12 +21,17 @@ from fxfusion.plan import Incidence, Limit, Plan, Role, Space, Symmetry
 from fxfusion.presets import reference
 from fxfusion.report import FusionReport
 from fxfusion.specialise import specialise
+from fxfusion.transport.hierarchy import Coupling
 from fxfusion.transport.options import (
     Costs,
     Flow,
     Heads,
+    Marginals,
     Metric,
+    Nonlinearity,
     Normalisation,
+    Observe,
+    Positions,
     QueryKey,
     Residual,
     Scaling,
@@ -36,6 +43,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Certificate",
     "Costs",
+    "Coupling",
     "Flow",
     "FusionError",
     "FusionReport",
@@ -43,9 +51,13 @@ __all__ = [
     "Heads",
     "Incidence",
     "Limit",
+    "Marginals",
     "Metric",
+    "Nonlinearity",
     "Normalisation",
+    "Observe",
     "Plan",
+    "Positions",
     "QueryKey",
     "Residual",
     "Role",

@@ -70,6 +70,7 @@ class Coupling(enum.StrEnum):
 
     hard = "hard"
     soft = "soft"
+    widening = "widening"
 
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model reference, see below.")]
@@ -246,7 +247,10 @@ def fuse(
             "--features", help="What units are compared by \\[default: activations with --calibration]."
         ),
     ] = None,
-    coupling: Annotated[Coupling | None, typer.Option("--coupling", help="One-to-one, or spread.")] = None,
+    coupling: Annotated[
+        Coupling | None,
+        typer.Option("--coupling", help="One-to-one, spread, or spread only where a parent is narrower."),
+    ] = None,
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -267,6 +271,15 @@ def fuse(
             "residual=skip,heads=ignored,metric=cosine.",
         ),
     ] = None,
+    observe: Annotated[
+        str | None,
+        typer.Option(
+            "--observe",
+            metavar="CHOICES",
+            help="Which activations count: positions=first (class token), positions=centre, "
+            "positions=random,share=0.25, confident=0.5 (share of samples).",
+        ),
+    ] = None,
     target: Annotated[
         int,
         typer.Option(
@@ -284,6 +297,10 @@ def fuse(
         raise CalibrationRequiredError("--features activations compares activations: give --calibration FILE")
     shares = _parse_shares(weights, len(models))
     solver = _parse_flow(flow, features, coupling, calibration)
+    if observe is not None:
+        from fxfusion.transport.options import Observe
+
+        solver["observe"] = Observe.parse(observe)
     _check_target(target, len(models))
     console = Console()
     with _progress(console) as progress:

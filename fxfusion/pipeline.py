@@ -34,7 +34,7 @@ from fxfusion.report import FusionReport, SpaceRow
 from fxfusion.state import KEY, FusionState, attach, prepared, state_of
 from fxfusion.symmetry import act, complete, random_maps
 from fxfusion.transport.hierarchy import Coupling
-from fxfusion.transport.options import Flow
+from fxfusion.transport.options import Flow, Observe
 from fxfusion.validation import (
     check_choice,
     check_finite,
@@ -47,7 +47,7 @@ from fxfusion.validation import (
 )
 
 FEATURES = ("activations", "weights")
-COUPLINGS = ("hard", "soft")
+COUPLINGS = ("hard", "soft", "widening")
 LAYERS = ("keep", "drop")
 SOFT_REGULARISATION = 0.005
 CERTIFIED_SAMPLES = 2  # of the example, on which parents are certified before they are fused
@@ -250,7 +250,7 @@ def fuse(
     kwargs: Mapping[str, Any] | None = None,
     calibration: Iterable[Any] | None = None,
     features: str | None = None,
-    coupling: str = "hard",
+    coupling: str | Coupling = "hard",
     weights: Sequence[float] | None = None,
     target: int = -1,
     seed: int = 0,
@@ -259,6 +259,7 @@ def fuse(
     flow: Flow | None = None,
     rounds: int = 0,
     layers: str = "keep",
+    observe: Observe | None = None,
     progress: Progress | None = None,
 ) -> FusionResult:
     """Fuse models of one architecture: align their units by optimal transport, then average.
@@ -278,9 +279,10 @@ def fuse(
     features : {"activations", "weights"}, optional
         What is compared: weights alone, or activations too. Default: activations if there is calibration
         (they measured 11 points better), else weights.
-    coupling : {"hard", "soft"}
-        Permutations or Sinkhorn couplings. On six pairs of vision transformers (README) both measured
-        alike in accuracy and hard better in loss; hard also undoes a planted twin exactly.
+    coupling : {"hard", "soft", "widening"} or Coupling
+        Permutations, Sinkhorn couplings, or these only where a parent is narrower than the target. A
+        :class:`Coupling` may differ from space to space. On six pairs of vision transformers (README) both
+        measured alike in accuracy and hard better in loss; hard also undoes a planted twin exactly.
     weights : sequence of float, optional
         The parents' shares, scaled to sum to one; equal by default.
     target : int
@@ -301,6 +303,8 @@ def fuse(
     layers : {"keep", "drop"}
         What becomes of the target's layers that have no counterpart in the shallowest parent: kept as they
         are, or dropped, so that the result is as shallow as that.
+    observe : Observe, optional
+        Which calibration activations count: class tokens, a window, a random share, confident samples.
     progress : callable ``(stage, done, total)``, optional
 
     Returns
@@ -334,7 +338,10 @@ def fuse(
     """
     features = features or ("weights" if calibration is None else "activations")
     check_choice("features", features, FEATURES)
-    check_choice("coupling", coupling, COUPLINGS)
+    if not isinstance(coupling, Coupling):
+        check_choice("coupling", coupling, COUPLINGS)
+    elif regularisation is not None:
+        raise OptionError("regularisation is given twice, to fuse and in its coupling: give one of them")
     check_choice("layers", layers, LAYERS)
     if features == "activations" and calibration is None:
         raise CalibrationRequiredError(
@@ -346,7 +353,20 @@ def fuse(
         raise OptionError(f"rounds={rounds}: give 0 or more, and 0 with flow")
     if flow is not None:
         _check_flow(flow, features, coupling, regularisation)
-    options = _Options(features, coupling, seed, outputs, regularisation, flow, rounds, progress or silent)
+    chosen = _coupling(coupling, regularisation, flow)
+    if observe is not None and features != "activations":
+        raise OptionError("observe says which activations count: give calibration data, or leave it out")
+    options = _Options(
+        features,
+        coupling if isinstance(coupling, str) else repr(coupling),
+        chosen,
+        seed,
+        outputs,
+        flow,
+        rounds,
+        observe or Observe(),
+        progress or silent,
+    )
     models = models if isinstance(models, torch.nn.Module) else list(models)
     paths = [] if isinstance(models, torch.nn.Module) or len(models) < 2 else unequal_stacks(models)
     if not paths:
@@ -357,13 +377,29 @@ def fuse(
 @dataclasses.dataclass(frozen=True)
 class _Options:
     features: str
-    coupling: str
+    name: str  # of the coupling
+    coupling: Coupling
     seed: int
     outputs: Sequence[str] | None
-    regularisation: float | None
     flow: Flow | None
     rounds: int
+    observed: Observe
     progress: Progress
+
+
+def _coupling(coupling: str | Coupling, regularisation: float | None, flow: Flow | None) -> Coupling:
+    if isinstance(coupling, Coupling):
+        return coupling
+    if coupling == "hard":
+        return Coupling()
+    softness = SOFT_REGULARISATION if regularisation is None else regularisation
+    widening = coupling == "widening"
+    if flow is None:
+        return Coupling(softness, widening=widening)
+    absolute = flow.regularisation is not None
+    if flow.regularisation is not None:
+        softness = flow.regularisation
+    return Coupling(softness, absolute, flow.relaxation, widening)
 
 
 def _fuse_depths(
@@ -425,7 +461,7 @@ def _fuse(
 ) -> FusionResult:
     """Fuse models of equal depths; ``equal`` says whether their configurations say so, too."""
     clock = _Clock()
-    features, coupling, flow, seed = chosen.features, chosen.coupling, chosen.flow, chosen.seed
+    features, seed = chosen.features, chosen.seed
     states = check_parents(models, target, equal)
     shares = check_shares(weights, len(models))
     target = range(len(models))[target]
@@ -452,12 +488,9 @@ def _fuse(
         module = _run([Pair(states, target, others)], module)
     with clock.measure("certify"):
         certificates = _certify_all(state, models, seed, show)
-    softness = SOFT_REGULARISATION if chosen.regularisation is None else chosen.regularisation
-    if flow is not None and flow.regularisation is not None:
-        softness = flow.regularisation
-    observed = batches if features == "activations" else None
+    seen = batches if features == "activations" else None
     passes: list[FusionPass] = [
-        _solver(flow, observed, coupling, softness, chosen.rounds, show),
+        _solver(chosen, seen),
         ApplyTransports(),
         Merge(shares),
         Repair(batches, show),
@@ -465,11 +498,13 @@ def _fuse(
     for item in passes:
         with clock.measure(type(item).__name__):
             module = _run([item], module)
-    options = {"features": features, "coupling": coupling, "target": str(target), "seed": str(seed)}
-    if flow is not None:
-        options["flow"] = repr(flow)
-    if coupling == "soft":
-        options["regularisation"] = repr(softness)
+    options = {"features": features, "coupling": chosen.name, "target": str(target), "seed": str(seed)}
+    if chosen.flow is not None:
+        options["flow"] = repr(chosen.flow)
+    if chosen.coupling.regularisation is not None:
+        options["regularisation"] = repr(chosen.coupling.regularisation)
+    if chosen.observed != Observe():
+        options["observe"] = repr(chosen.observed)
     report = _report(state, models, options, certificates, clock.seconds)
     assert state.plan is not None
     fused = complete(state.capture, state.merged, states[target])
@@ -482,29 +517,22 @@ def _as_target(state: dict[str, torch.Tensor], target: Mapping[str, torch.Tensor
     return {name: tensor.to(target[name].dtype) for name, tensor in state.items()}
 
 
-def _check_flow(flow: Flow, features: str, coupling: str, regularisation: float | None) -> None:
+def _check_flow(flow: Flow, features: str, coupling: str | Coupling, regularisation: float | None) -> None:
     """Refuse settings of a flow that do not go with the other options."""
     if features == "weights":
         check_policy(flow)
-    if flow.relaxation is not None and coupling != "soft":
+    if flow.relaxation is not None and coupling not in ("soft", "widening"):
         raise OptionError('relaxation is of soft couplings: give coupling="soft"')
+    if flow.regularisation is not None and isinstance(coupling, Coupling):
+        raise OptionError("regularisation is given twice, in the flow and the coupling: give one of them")
     if flow.regularisation is not None and regularisation is not None:
         raise OptionError("regularisation is given twice, to fuse and to its flow: give one of them")
 
 
-def _solver(
-    flow: Flow | None,
-    batches: Batches | None,
-    coupling: str,
-    softness: float,
-    rounds: int,
-    show: Progress,
-) -> FusionPass:
-    soft = coupling == "soft"
-    if flow is None:
-        return Align(batches, Coupling(softness if soft else None), show, rounds)
-    entropic = Coupling(softness if soft else None, flow.regularisation is not None, flow.relaxation)
-    return AlignFlow(flow, batches, entropic, show)
+def _solver(chosen: _Options, batches: Batches | None) -> FusionPass:
+    if chosen.flow is None:
+        return Align(batches, chosen.coupling, chosen.observed, chosen.progress, chosen.rounds)
+    return AlignFlow(chosen.flow, batches, chosen.coupling, chosen.observed, chosen.progress)
 
 
 class _Clock:

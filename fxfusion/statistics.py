@@ -9,15 +9,17 @@ they are stable whatever the means are, and moments of disjoint data add up.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from operator import getitem
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import fx
 
 from fxfusion.errors import CalibrationMismatchError
-from fxfusion.execution import Program, run_together
+from fxfusion.execution import Program, State, run_together
 from fxfusion.layout import ActivationBlock
 from fxfusion.pairing import Parent
 from fxfusion.plan import Plan
@@ -25,6 +27,7 @@ from fxfusion.progress import Progress, silent
 from fxfusion.rules.registry import operator_name
 from fxfusion.transport.hierarchy import Shape
 from fxfusion.transport.map import innermost
+from fxfusion.transport.options import Observe, Positions
 
 
 class CrossMoments:
@@ -209,6 +212,7 @@ def collect(
     total: int = 0,
     progress: Progress = silent,
     places: Mapping[str, Sequence[Observation]] | None = None,
+    observed: Observe | None = None,
 ) -> list[dict[str, list[CrossMoments]]]:
     """Stream calibration data through all parents and gather cross-moments with the target.
 
@@ -224,6 +228,8 @@ def collect(
     progress : callable, optional
     places : mapping of str to sequence of Observation, optional
         Where spaces are observed; by default where :func:`observations` says.
+    observed : Observe, optional
+        Which samples and positions count; by default all.
 
     Returns
     -------
@@ -256,6 +262,7 @@ def collect(
         for number, observation in enumerate(where):
             at_node.setdefault(observation.node, []).append((name, number, observation))
 
+    chosen = observed or Observe()
     alike = _by_capture(parents)
     order = [index for group in alike for index in group]
 
@@ -263,19 +270,24 @@ def collect(
         found = dict(zip(order, (value for part in values for value in part), strict=True))
         for name, number, observation in at_node.get(node.name, ()):
             shape = shapes[target][name]
-            own = _samples(found[target], observation, shape.fixed, shape.outer * shape.size)
+            own = _samples(found[target], observation, shape.fixed, shape.outer * shape.size, chosen)
             for index in order:
                 if index != target:
                     shape = shapes[index][name]
                     place = observation.of(plan, parents[index].plan.source)
                     units = shape.source_outer * shape.source_size
-                    sample = _samples(found[index], place, shape.fixed, units)
+                    sample = _samples(found[index], place, shape.fixed, units, chosen)
                     moments[index][name][number].update(own, sample)
 
     programs = [
         (Program(parents[group[0]].capture), [parents[index].state for index in group]) for group in alike
     ]
+    own_program = next(
+        program for (program, _), group in zip(programs, alike, strict=True) if target in group
+    )
     for done, (args, kwargs) in enumerate(batches, start=1):
+        if chosen.confident < 1.0:
+            args, kwargs = _confident(own_program, parents[target].state, args, kwargs, chosen.confident)
         run_together(programs, args, kwargs, observe)
         progress("calibrate", done, total)
     for name, streamed in next((item for item in moments if item), {}).items():
@@ -294,11 +306,73 @@ def _by_capture(parents: Sequence[Parent]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _samples(value: torch.Tensor, observation: Observation, fixed: int, units: int) -> torch.Tensor:
+def _confident(
+    program: Program, state: State, args: Sequence[Any], kwargs: Mapping[str, Any], share: float
+) -> tuple[Any, Any]:
+    """Return the samples of a batch of whose classes a network is most certain."""
+    output = next(item for item in program.run([state], args, kwargs)[0] if isinstance(item, torch.Tensor))
+    logits = (
+        output.float().flatten(1, -2).log_softmax(-1) if output.ndim > 2 else output.float().log_softmax(-1)
+    )
+    entropy = -(logits.exp() * logits).sum(-1).reshape(len(output), -1).mean(-1)
+    kept = entropy.argsort()[: max(round(share * len(entropy)), LEAST_SAMPLES)].sort().values
+
+    def cut(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor[kept] if tensor.ndim and tensor.shape[0] == len(entropy) else tensor
+
+    return pytree.tree_map_only(torch.Tensor, cut, (tuple(args), dict(kwargs)))
+
+
+def _positions(counts: Sequence[int], chosen: Observe) -> torch.Tensor | None:
+    """Return which of a sample's positions count, as flat indices; None for all.
+
+    Parameters
+    ----------
+    counts : sequence of int
+        Sizes of the axes that enumerate positions: rows and columns, or one axis of tokens.
+    chosen : Observe
+
+    Examples
+    --------
+    >>> _positions([4, 4], Observe(positions="centre"))
+    tensor([ 5,  6,  9, 10])
+    >>> _positions([17], Observe(positions="centre"))  # a class token before 4 x 4 patches
+    tensor([ 6,  7, 10, 11])
+    >>> _positions([5], Observe(positions="first"))
+    tensor([0])
+    """
+    total = math.prod(counts)
+    if chosen.positions is Positions.ALL or total <= 1:
+        return None
+    if chosen.positions is Positions.FIRST:
+        return torch.zeros(1, dtype=torch.int64)
+    if chosen.positions is Positions.RANDOM:
+        drawn = torch.randperm(total, generator=torch.Generator().manual_seed(total))
+        return drawn[: max(round(chosen.share * total), 1)].sort().values
+    first = 0
+    if len(counts) == 1:  # tokens: a grid of patches, one token before it perhaps
+        first = int(math.isqrt(total) ** 2 != total and math.isqrt(total - 1) ** 2 == total - 1)
+        side = math.isqrt(total - first)
+        counts = [side, side] if side**2 == total - first else [total]
+    grid = torch.arange(first, total).reshape(*counts)
+    for axis, count in enumerate(counts):
+        grid = grid.narrow(axis, count // 4, max(count // 2, 1))
+    return grid.flatten()
+
+
+def _samples(
+    value: torch.Tensor, observation: Observation, fixed: int, units: int, chosen: Observe
+) -> torch.Tensor:
     """Return an activation as ``[fixed outer units, outer * own units, samples]`` in float32 or wider."""
     block = observation.block.bind(value.shape)
     view = block.view(value)
     leading = [*observation.scope, observation.dimension]
     rest = [axis for axis in range(view.ndim) if axis not in leading]
-    view = view.permute(*leading, *rest).reshape(fixed, units, -1)
+    lead = len(leading)
+    view = view.permute(*leading, *rest)
+    if chosen.positions is not Positions.ALL and rest and rest[0] == 0 and observation.block.axes[0] is None:
+        kept = _positions(view.shape[lead + 1 :], chosen)
+        if kept is not None:
+            view = view.flatten(lead + 1).index_select(-1, kept)
+    view = view.reshape(fixed, units, -1)
     return view if view.dtype is torch.float64 else view.float()

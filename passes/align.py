@@ -15,6 +15,7 @@ from fxfusion.statistics import collect
 from fxfusion.transport.barycenter import align_together
 from fxfusion.transport.hierarchy import Coupling
 from fxfusion.transport.joint import align
+from fxfusion.transport.options import Observe
 
 
 @dataclasses.dataclass(eq=False)
@@ -27,6 +28,8 @@ class Align(FusionPass):
         Calibration data; without it, weights alone are compared.
     coupling : Coupling
         Hard or soft.
+    observed : Observe
+        Which calibration activations count.
     progress : callable, optional
     rounds : int
         With three parents or more: how often each is aligned with the average of the others at most.
@@ -34,6 +37,7 @@ class Align(FusionPass):
 
     batches: Batches | None = None
     coupling: Coupling = dataclasses.field(default_factory=Coupling)
+    observed: Observe = dataclasses.field(default_factory=Observe)
     progress: Progress = silent
     rounds: int = 0
 
@@ -46,7 +50,14 @@ class Align(FusionPass):
         state = state_of(graph_module)
         moments = None
         if self.batches is not None:
-            moments = collect(state.parents, state.target, self.batches, len(self.batches), self.progress)
+            moments = collect(
+                state.parents,
+                state.target,
+                self.batches,
+                len(self.batches),
+                self.progress,
+                observed=self.observed,
+            )
         state.alignments = [
             None
             if index == state.target

@@ -16,7 +16,7 @@ from fxfusion.statistics import CrossMoments, collect
 from fxfusion.transport.carry import Carried, Streams, carry
 from fxfusion.transport.flow import Moments, flow_observations, solve_flow
 from fxfusion.transport.hierarchy import Coupling
-from fxfusion.transport.options import Flow, Heads, Residual
+from fxfusion.transport.options import Flow, Heads, Observe, Residual
 
 _WEIGHTED = (Residual.WEIGHTED_SCALAR, Residual.WEIGHTED_MATRIX)
 
@@ -46,12 +46,15 @@ class AlignFlow(FusionPass):
         Calibration data; without it, weights are compared.
     coupling : Coupling
         Hard or soft.
+    observed : Observe
+        Which calibration activations count.
     progress : callable, optional
     """
 
     options: Flow = dataclasses.field(default_factory=Flow)
     batches: Batches | None = None
     coupling: Coupling = dataclasses.field(default_factory=Coupling)
+    observed: Observe = dataclasses.field(default_factory=Observe)
     progress: Progress = silent
 
     def requires(self, graph_module: GraphModule) -> None:
@@ -99,7 +102,13 @@ class AlignFlow(FusionPass):
             self.options.residual in _WEIGHTED,
         )
         collected = collect(
-            state.parents, state.target, self.batches, len(self.batches), self.progress, places
+            state.parents,
+            state.target,
+            self.batches,
+            len(self.batches),
+            self.progress,
+            places,
+            self.observed,
         )
         found: list[Moments] = []
         for streamed in collected:

@@ -96,7 +96,7 @@ def one_shot(study: Study) -> Scores:
                 study.add(scores, f"{features}, {coupling}", fused)
         for name, options in (
             ("reference, activations", fxfusion.reference()),
-            ("reference, EMD, weights", {**fxfusion.reference(), "features": "weights", "coupling": "hard"}),
+            ("reference, EMD, weights", fxfusion.reference("weights", "hard")),
             ("flow, hard", {"flow": fxfusion.Flow(), "coupling": "hard"}),
             ("flow, soft", {"flow": fxfusion.Flow(), "coupling": "soft"}),
         ):

@@ -9,7 +9,7 @@ other way, a gate times its signal or queries times keys, act on the same units 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import getitem
 
 import torch
@@ -19,9 +19,10 @@ from fxfusion.capture import Capture
 from fxfusion.layout import Block
 from fxfusion.plan import Plan
 from fxfusion.rules.registry import operator_name
+from fxfusion.statistics import NONLINEAR
 from fxfusion.symmetry import reading_axes
 from fxfusion.transport.map import axis_of, innermost
-from fxfusion.transport.options import Flow, Heads, QueryKey, Tables
+from fxfusion.transport.options import Flow, Heads, Nonlinearity, QueryKey, Tables
 
 JOINS = frozenset(["add", "sub", "rsub", "lerp"])
 
@@ -186,7 +187,29 @@ def carry(capture: Capture, plan: Plan, options: Flow) -> Carried:
     walk = _Walk(capture, plan, options)
     for node in capture.module.graph.nodes:
         walk.visit(node)
+    if options.nonlinearity is Nonlinearity.AFTER:
+        nodes = {node.name: node for node in capture.module.graph.nodes}
+        for transport in walk.carried.made:
+            if isinstance(transport, Solve):
+                transport.writers = [
+                    dataclasses.replace(item, node=_activated(nodes[item.node], walk.at, transport.stream))
+                    if item.node
+                    else item
+                    for item in transport.writers
+                ]
     return walk.carried
+
+
+def _activated(node: fx.Node, at: Mapping[fx.Node, Mapping[str, Transport]], stream: str) -> str:
+    """Return the nonlinearity that a node's output alone goes through, or the node itself."""
+    item = node
+    while len(item.users) == 1:
+        item = next(iter(item.users))
+        if stream not in at.get(item, ()) or sum(_is_tensor(part) for part in item.all_input_nodes) != 1:
+            break
+        if operator_name(item.target) in NONLINEAR:
+            return item.name
+    return node.name
 
 
 class _Walk:

@@ -310,7 +310,7 @@ class _FlowSolver:
             shaped[space.name] = (
                 torch.zeros(shape.cost, dtype=torch.float64) if cost is None else pairs(cost, shape)
             )
-        solved = solve_tree(self.plan, tree, shaped, self.coupling, weighed)
+        solved = solve_tree(self.plan, tree, shaped, self.coupling.of(tree.root.name), weighed)
         self._count(costs_of(self.plan, tree, shaped, identity(self.plan, tree)), self.before)
         self._count(costs_of(self.plan, tree, shaped, solved), self.after)
         return to_maps(self.plan, tree, solved)
@@ -319,7 +319,7 @@ class _FlowSolver:
         """Solve over all units of all outer units at once."""
         space = self.plan[stream]
         shape = Shape.of(self.plan, space)
-        index, plans, values = self.coupling.solve(cost, masses.get(stream))
+        index, plans, values = self.coupling.of(stream).solve(cost, masses.get(stream))
         if plans is None:
             assert index is not None
             plans = torch.nn.functional.one_hot(index, cost.shape[-1]).double()

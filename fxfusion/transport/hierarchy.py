@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 
 import torch
 
@@ -30,11 +31,33 @@ class Coupling:
         Whether it is meant in units of the cost, not of the mean cost.
     relaxation : float or None
         Of a soft coupling: price of mass that is not transported, in the same units; None for balanced.
+    widening : bool
+        Soft only where the target has more units than the source, hard elsewhere.
+    overrides : mapping of str to Coupling
+        Other couplings for some spaces, by pattern of their names as in :mod:`fnmatch`. Spaces below others
+        follow the outermost.
+
+    Examples
+    --------
+    >>> Coupling(overrides={"*.mlp.*": Coupling(0.1)}).of("blocks.0.mlp.fc1.weight[0]").regularisation
+    0.1
     """
 
     regularisation: float | None = None
     absolute: bool = False
     relaxation: float | None = None
+    widening: bool = False
+    overrides: Mapping[str, Coupling] = dataclasses.field(default_factory=dict)
+
+    def of(self, space: str) -> Coupling:
+        """Return the coupling to solve for in a space."""
+        # Names of spaces hold brackets, which are no patterns here.
+        fitting = (
+            item
+            for pattern, item in self.overrides.items()
+            if fnmatchcase(space, pattern.replace("[", "[[]"))
+        )
+        return next(fitting, self)
 
     def solve(
         self, costs: torch.Tensor, masses: Masses | None = None
@@ -53,7 +76,8 @@ class Coupling:
         index, plans, values
             An index for a one-to-one coupling, else plans (the other is None), and the costs.
         """
-        if self.regularisation is not None:
+        soft = not self.widening or costs.shape[-2] > costs.shape[-1]
+        if self.regularisation is not None and soft:
             return None, *sinkhorn(costs, self.regularisation, self.absolute, self.relaxation, masses)
         if masses is not None:
             return None, *emd(costs, masses)

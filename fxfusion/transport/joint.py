@@ -140,7 +140,7 @@ class _Solver:
         costs = self.observed.get(tree.root.name)
         if costs is None:
             costs = self.weights.costs(tree, self.alignment.maps, self.solutions, partial=True)
-        self._accept(tree, solve_tree(self.plan, tree, costs, self.coupling))
+        self._accept(tree, solve_tree(self.plan, tree, costs, self.coupling.of(tree.root.name)))
 
     def improve(self, tree: Tree) -> bool:
         """Solve a tree anew given all other transports; keep the result if it costs less."""
@@ -151,7 +151,7 @@ class _Solver:
         least = _IMPROVEMENT * sum(Shape.of(self.plan, space).units for space in tree.members)
         improved = False
         if old[tree.root.name] > least:  # costs are not negative: below, nothing is left to gain
-            solved = solve_tree(self.plan, tree, costs, self.coupling)
+            solved = solve_tree(self.plan, tree, costs, self.coupling.of(tree.root.name))
             new = costs_of(self.plan, tree, costs, solved)
             improved = new[tree.root.name] < old[tree.root.name] - least
         if improved:

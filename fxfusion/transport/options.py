@@ -58,6 +58,25 @@ class Tables(enum.Enum):
     """One of their own from their own numbers; that of an added table is then the skip of a join."""
 
 
+class Nonlinearity(enum.Enum):
+    """Where the units of a layer are observed whose output goes through a nonlinearity."""
+
+    BEFORE = "before"
+    AFTER = "after"
+
+
+class Positions(enum.Enum):
+    """At which tokens or pixels units are observed."""
+
+    ALL = "all"
+    FIRST = "first"
+    """The class token."""
+    CENTRE = "centre"
+    """The middle half in each direction, and no class token."""
+    RANDOM = "random"
+    """A share of them, the same for every sample."""
+
+
 class Metric(enum.Enum):
     """Distance between the features of two units."""
 
@@ -97,6 +116,18 @@ def _choose(options: object, field: str, choices: type[enum.Enum]) -> None:
     except ValueError as error:
         known = ", ".join(repr(choice.value) for choice in choices)
         raise OptionError(f"{field}={value!r}: give one of {known}") from error
+
+
+def _settings(text: str, names: set[str], what: str) -> dict[str, str]:
+    """Return the settings ``NAME=VALUE, ...`` of a text."""
+    given = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        name, _, value = item.partition("=")
+        if name not in names or not value:
+            known = ", ".join(sorted(names))
+            raise OptionError(f"{item!r} is no setting of {what}: give NAME=VALUE, NAME one of {known}")
+        given[name] = value
+    return given
 
 
 class Marginals(enum.Enum):
@@ -152,6 +183,65 @@ class Costs:
 
 
 @dataclasses.dataclass(frozen=True)
+class Observe:
+    """Which calibration activations count.
+
+    Parameters
+    ----------
+    positions : Positions or str
+        At which tokens or pixels.
+    share : float
+        Of random positions.
+    confident : float
+        Share of each batch that counts: the samples of whose classes the target is most certain (the entropy
+        of its first output, as logits, is lowest). Labels are not needed.
+
+    Raises
+    ------
+    OptionError
+        If a value is none of the choices, or a share is not above 0 and at most 1.
+
+    Examples
+    --------
+    >>> Observe(positions="first").positions
+    <Positions.FIRST: 'first'>
+    """
+
+    positions: Positions | str = Positions.ALL
+    share: float = 0.25
+    confident: float = 1.0
+
+    def __post_init__(self) -> None:
+        _choose(self, "positions", Positions)
+        for field in ("share", "confident"):
+            value = getattr(self, field)
+            if not 0 < value <= 1:
+                raise OptionError(f"{field}={value!r}: give a number above 0 and at most 1")
+
+    @classmethod
+    def parse(cls, text: str) -> Observe:
+        """Return the settings that a text names.
+
+        Raises
+        ------
+        OptionError
+            If the text names no such field, or gives one a value that it cannot have.
+
+        Examples
+        --------
+        >>> Observe.parse("positions=random, share=0.5").share
+        0.5
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        given: dict[str, Any] = _settings(text, names, "an observation")
+        try:
+            numbers = {name: float(value) for name, value in given.items() if name != "positions"}
+        except ValueError as error:
+            raise OptionError(f"share and confident take a number: {text!r}") from error
+        return cls(**{**given, **numbers})
+
+
+@dataclasses.dataclass(frozen=True)
 class Flow:
     """Solve transports writer by writer along the network, each given what is carried into it.
 
@@ -162,6 +252,8 @@ class Flow:
     query_key : QueryKey or str
     heads : Heads or str
     tables : Tables or str
+    nonlinearity : Nonlinearity or str
+        Where activations are observed.
     costs : Costs
     marginals : Marginals or str
     regularisation : float, optional
@@ -189,6 +281,7 @@ class Flow:
     query_key: QueryKey | str = QueryKey.SHARED
     heads: Heads | str = Heads.MATCHED
     tables: Tables | str = Tables.CARRIED
+    nonlinearity: Nonlinearity | str = Nonlinearity.BEFORE
     costs: Costs = Costs()
     marginals: Marginals | str = Marginals.UNIFORM
     regularisation: float | None = None
@@ -199,6 +292,7 @@ class Flow:
         _choose(self, "query_key", QueryKey)
         _choose(self, "heads", Heads)
         _choose(self, "tables", Tables)
+        _choose(self, "nonlinearity", Nonlinearity)
         _choose(self, "marginals", Marginals)
         if self.query_key is QueryKey.SEPARATE and self.heads is Heads.MATCHED:
             raise OptionError(
@@ -227,13 +321,7 @@ class Flow:
         """
         own = {field.name for field in dataclasses.fields(cls)} - {"costs"}
         costs = {field.name for field in dataclasses.fields(Costs)} - {"clip"}
-        given: dict[str, Any] = {}
-        for item in filter(None, (part.strip() for part in text.split(","))):
-            name, _, value = item.partition("=")
-            if name not in own | costs or not value:
-                known = ", ".join(sorted(own | costs))
-                raise OptionError(f"{item!r} is no setting of a flow: give NAME=VALUE, NAME one of {known}")
-            given[name] = value
+        given: dict[str, Any] = _settings(text, own | costs, "a flow")
         try:
             for name in ("regularisation", "relaxation"):
                 if name in given:
