@@ -34,3 +34,24 @@ def test_a_wrong_rule_is_found(capsys: pytest.CaptureFixture[str]) -> None:
     assert "the wrong rule is found" in printed
     assert "Values('real', tuple([2]))" in printed.replace("(2,)", "tuple([2])")
     assert "the right rule passes" in printed
+
+
+def test_a_fused_network_is_fine_tuned(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["fine_tune.py", "--parent-steps", "60", "--steps", "20"])
+    runpy.run_path(str(EXAMPLES / "fine_tune.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    for row in ("parent 0", "ensemble", "fused, tuned on labels", "fused, tuned on the parents' logits"):
+        assert row in printed
+
+
+def test_trainer_takes_a_fused_network(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("accelerate", reason="transformers.Trainer needs it")
+    monkeypatch.setattr("sys.argv", ["fine_tune_with_trainer.py", "--parent-steps", "10", "--steps", "5"])
+    runpy.run_path(str(EXAMPLES / "fine_tune_with_trainer.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "fused, tuned on labels" in printed
+    assert "fused, distilled" in printed
