@@ -50,6 +50,7 @@ def certify_plan(
     outputs: frozenset[int],
     seed: int = 0,
     samples: int | None = None,
+    diagnose: bool = True,
 ) -> Certificate:
     """Certify a plan on one set of weights, in float64.
 
@@ -67,6 +68,8 @@ def certify_plan(
         Draws the group element and the second input.
     samples : int, optional
         How many samples of the example are run; all by default.
+    diagnose : bool
+        Where the function changes, find out whether rounding alone would do the same.
 
     Returns
     -------
@@ -87,7 +90,7 @@ def certify_plan(
         return worst
 
     worst = change(twin)
-    rounding = change(_rounded(state, generator)) if worst > TOLERANCE else None
+    rounding = change(_rounded(state, generator)) if worst > TOLERANCE and diagnose else None
     total = sum(state[name].numel() for name in plan.layouts)
     differing = sum(int((state[name] != twin[name]).sum()) for name in plan.layouts)
     return Certificate(worst <= TOLERANCE, worst, differing / total if total else 0.0, rounding=rounding)
