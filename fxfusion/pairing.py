@@ -47,6 +47,8 @@ _ABSORBING = frozenset(
         *("layer_norm", "rms_norm", "group_norm", "mul", "embedding"),
     ]
 )
+_NORMS = frozenset(["linalg_vector_norm", "norm"])
+_SUMS = _NORMS | {"sum", "nansum", "prod", "logsumexp", "softmax", "_softmax", "log_softmax", "_log_softmax"}
 _WINDOWS = ("conv", "pool", "fold", "pad", "upsample", "interpolate", "pixel")  # whose integers are no widths
 
 
@@ -96,6 +98,7 @@ def pair(
     pairing.check_graphs()
     pairing.check_spaces()
     pairing.check_layouts()
+    pairing.check_sums()
     return PairedPlan.of(target_plan, source_plan, pairing.gains())
 
 
@@ -149,6 +152,32 @@ class _Pairing:
         return any(part in operator for part in _WINDOWS) and "groups" not in place
 
     # -- sums -------------------------------------------------------------------------------------
+
+    def check_sums(self) -> None:
+        """Make sure that nothing but weights and products sums over units of which there are more or less."""
+        unequal = {
+            space.name
+            for space in self.target_plan.spaces
+            if space.size != self.source_plan.scope_size(space.name)
+        }
+        for node in self.target.module.graph.nodes:
+            operator = operator_name(node.target) if node.op == "call_function" else ""
+            if operator not in _SUMS or not isinstance(node.args[0], fx.Node):
+                continue
+            summed = unequal & set(self._along(node.args[0], _dimensions(node)))
+            if operator in _NORMS:  # of queries and keys: their products do not depend on it
+                summed -= self.target_plan.products
+            if summed:
+                self._refuse(node, f"{_describe(node)} sums over units of which one has more than the other")
+
+    def _along(self, node: fx.Node, dimensions: list[int] | None) -> Iterator[str]:
+        """Yield the spaces that some axes of a value hold; all axes by default."""
+        for block in self.target_plan.activations.get(node.name, ()):
+            rank = len(block.axes)
+            chosen = None if dimensions is None else {dimension % rank for dimension in dimensions}
+            for index, axis in enumerate(block.axes):
+                if axis is not None and (chosen is None or index in chosen):
+                    yield from (factor.space for factor in axis.factors if factor.space)
 
     def gains(self) -> Gains:
         """Return what weights are multiplied by."""
@@ -243,13 +272,7 @@ class _Pairing:
 
     def _spaces(self, node: fx.Node) -> list[str]:
         """Return the spaces that a node's value holds."""
-        return [
-            factor.space
-            for block in self.target_plan.activations.get(node.name, ())
-            for axis in block.axes
-            for factor in (axis.factors if axis is not None else ())
-            if factor.space
-        ]
+        return list(self._along(node, None))
 
     def _multiplied(self, node: fx.Node) -> Iterator[str]:
         """Yield the spaces of units that are multiplied before or after a node scales them."""
@@ -343,6 +366,18 @@ def _numbers(node: fx.Node) -> list[tuple[str, Any]]:
             if isinstance(item, (bool, int, float, str)):
                 found.append((place, item))
     return found
+
+
+def _dimensions(node: fx.Node) -> list[int] | None:
+    """Return the axes over which an operator sums; None for all."""
+    schema = getattr(node.target, "_schema", None)
+    names = [argument.name for argument in schema.arguments] if schema is not None else []
+    found = node.kwargs.get("dim")
+    if found is None and "dim" in names and names.index("dim") < len(node.args):
+        found = node.args[names.index("dim")]
+    if isinstance(found, int):
+        return [found]
+    return [item for item in found if isinstance(item, int)] if isinstance(found, (list, tuple)) else None
 
 
 def _is_tensor(node: fx.Node) -> bool:

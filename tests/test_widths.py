@@ -304,6 +304,48 @@ def test_what_is_scaled_by_width_is_made_up_for(factor: float) -> None:
     torch.testing.assert_close(result.module(x), narrow(x))
 
 
+@pytest.mark.parametrize("how", ["sum", "norm", "softmax"])
+def test_sums_over_more_units_are_refused(how: str) -> None:
+    class Summing(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, width), nn.Linear(width, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.up(x)
+            scale = {
+                "sum": lambda: x.square().sum(-1, keepdim=True),
+                "norm": lambda: x / x.norm(dim=-1, keepdim=True),
+                "softmax": lambda: x.softmax(-1),
+            }[how]()
+            return self.down(x * scale)
+
+    x = torch.randn(3, 4)
+    fxfusion.fuse([Summing(6), Summing(6)], (x,))
+    with pytest.raises(ArchitectureMismatchError, match=r"sums over units .*test_widths.py"):
+        fxfusion.fuse([Summing(6), Summing(12)], (x,))
+
+
+class Cosine(nn.Module):
+    """Attention by cosine similarity: queries and keys at unit length."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(4, width) for _ in range(3))
+        self.out = nn.Linear(width, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query, key = (nn.functional.normalize(part(x), dim=-1) for part in (self.query, self.key))
+        return self.out((10 * query @ key.transpose(-2, -1)).softmax(-1) @ self.value(x))
+
+
+def test_queries_and_keys_of_unit_length_may_be_wider() -> None:
+    x = torch.randn(3, 5, 4)
+    narrow = Cosine(6)
+    result = fxfusion.fuse([narrow, Cosine(12)], (x,), weights=[1, 0])
+    torch.testing.assert_close(result.module(x), narrow(x))
+
+
 def test_one_head_cannot_be_paired_with_several() -> None:
     parents = [make("packed attention", (8, heads, 12), 0) for heads in (1, 2)]
     with pytest.raises(
