@@ -35,6 +35,7 @@ from fxfusion.state import KEY, FusionState, attach, prepared, state_of
 from fxfusion.symmetry import act, complete, random_maps
 from fxfusion.transport.hierarchy import Coupling
 from fxfusion.transport.options import Flow, Observe
+from fxfusion.transport.template import first_template
 from fxfusion.validation import (
     check_choice,
     check_finite,
@@ -48,6 +49,7 @@ from fxfusion.validation import (
 
 FEATURES = ("activations", "weights")
 COUPLINGS = ("hard", "soft", "widening")
+REFITS = 3  # turns in which a template of a third width is fitted
 LAYERS = ("keep", "drop")
 SOFT_REGULARISATION = 0.005
 CERTIFIED_SAMPLES = 2  # of the example, on which parents are certified before they are fused
@@ -260,6 +262,7 @@ def fuse(
     rounds: int = 0,
     layers: str = "keep",
     observe: Observe | None = None,
+    into: torch.nn.Module | None = None,
     progress: Progress | None = None,
 ) -> FusionResult:
     """Fuse models of one architecture: align their units by optimal transport, then average.
@@ -305,6 +308,10 @@ def fuse(
         are, or dropped, so that the result is as shallow as that.
     observe : Observe, optional
         Which calibration activations count: class tokens, a window, a random share, confident samples.
+    into : torch.nn.Module, optional
+        A network of the widths that the result shall have, where no parent has them: its weights do not
+        count, and ``target`` is not needed. Its units are found in turns with the alignments (a free-support
+        barycenter).
     progress : callable ``(stage, done, total)``, optional
 
     Returns
@@ -354,6 +361,8 @@ def fuse(
     if flow is not None:
         _check_flow(flow, features, coupling, regularisation)
     chosen = _coupling(coupling, regularisation, flow)
+    if into is not None and (rounds or target != -1):
+        raise OptionError("into takes the place of target, and goes without rounds")
     if observe is not None and features != "activations":
         raise OptionError("observe says which activations count: give calibration data, or leave it out")
     options = _Options(
@@ -366,8 +375,12 @@ def fuse(
         rounds,
         observe or Observe(),
         progress or silent,
+        REFITS if into is not None else 0,
     )
     models = models if isinstance(models, torch.nn.Module) else list(models)
+    if into is not None and not isinstance(models, torch.nn.Module):
+        weights = [*check_shares(weights, len(models)), 0.0]
+        models = [*models, into]
     paths = [] if isinstance(models, torch.nn.Module) or len(models) < 2 else unequal_stacks(models)
     if not paths:
         return _fuse(models, args, kwargs, calibration, weights, target, options)
@@ -385,6 +398,7 @@ class _Options:
     rounds: int
     observed: Observe
     progress: Progress
+    refits: int  # of a template
 
 
 def _coupling(coupling: str | Coupling, regularisation: float | None, flow: Flow | None) -> Coupling:
@@ -489,13 +503,17 @@ def _fuse(
     with clock.measure("certify"):
         certificates = _certify_all(state, models, seed, show)
     seen = batches if features == "activations" else None
-    passes: list[FusionPass] = [
-        _solver(chosen, seen),
-        ApplyTransports(),
-        Merge(shares),
-        Repair(batches, show),
-    ]
-    for item in passes:
+    passes: list[FusionPass] = [_solver(chosen, seen), ApplyTransports(), Merge(shares)]
+    own = state.parents[target]
+    if chosen.refits:
+        template = first_template(state.parents[0].plan, state.parents[0].state)
+    for turn in range(chosen.refits):
+        state.parents = [*state.parents[:target], dataclasses.replace(own, state=template)]
+        with clock.measure("fit template"):
+            module = _run(passes, module)
+        template = state.merged
+        show("fit template", turn + 1, chosen.refits)
+    for item in (*passes, Repair(batches, show)):
         with clock.measure(type(item).__name__):
             module = _run([item], module)
     options = {"features": features, "coupling": chosen.name, "target": str(target), "seed": str(seed)}
@@ -543,7 +561,7 @@ class _Clock:
     def measure(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.seconds[stage] = time.perf_counter() - start
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
 def _planned(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,10 +44,29 @@ class _Moments:
         return self.square / max(self.count, 1)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+    """A parent, or the merged network, whose activations are measured.
+
+    Attributes
+    ----------
+    capture : Capture
+        Its graph: the target's, or its own if its widths differ.
+    state : mapping of str to torch.Tensor
+        Its weights: in the target's basis, or its own if its widths differ.
+    carry : callable ``(buffer, values) -> values``, optional
+        Carries one number per channel into the target's basis; not needed for weights that are in it.
+    """
+
+    capture: Capture
+    state: Mapping[str, torch.Tensor]
+    carry: Callable[[str, torch.Tensor], torch.Tensor] | None = None
+
+
 def corrected_statistics(
     capture: Capture,
     merged: Mapping[str, torch.Tensor],
-    parents: Sequence[Mapping[str, torch.Tensor]],
+    parents: Sequence[Source],
     weights: Sequence[float],
     batches: Batches,
     progress: Progress = silent,
@@ -59,8 +78,7 @@ def corrected_statistics(
     capture : Capture
     merged : mapping of str to torch.Tensor
         The fused weights.
-    parents : sequence of mapping
-        The aligned parents.
+    parents : sequence of Source
     weights : sequence of float
         Their shares.
     batches : Batches
@@ -72,64 +90,68 @@ def corrected_statistics(
     dict of str to torch.Tensor
         By name of the buffer; empty for a network without batch normalisation.
     """
-    nodes = _batch_norms(capture)
     corrected: dict[str, torch.Tensor] = {}
+    nodes = _batch_norms(capture)
     if not nodes:
         return corrected
-    program = Program(capture)
     # A layer's input depends on the statistics before it, so that layers settle in graph order; all
     # layers are measured in one run, each batch normalised by the statistics that it corrects itself.
-    seen: dict[tuple[str, int], _Moments] = {
-        (node.name, side): _Moments() for node in nodes for side in range(len(parents) + 1)
-    }
+    sources = [*parents, Source(capture, merged)]
+    seen = {(node.name, side): _Moments() for node in nodes for side in range(len(sources))}
     wanted = {node.name for node in nodes}
 
-    def override(node: fx.Node, index: int, args: tuple[Any, ...]) -> Any:
-        if node.name not in wanted:
-            return None
-        seen[node.name, index].update(args[0])
-        if index < len(parents):
-            return None
-        mean, variance = _corrected(node.name, seen, weights, args[3], args[4])
-        return node.target(*args[:3], mean, variance, *args[5:])  # type: ignore[operator]
+    def corrections(node: fx.Node, args: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        names = _buffers(capture, node)
+        found = [_carried(seen[node.name, side], source.carry, names) for side, source in enumerate(sources)]
+        return _corrected(found[-1], found[:-1], weights, *args)
 
+    def measuring(sides: Sequence[int]) -> Callable[[fx.Node, int, tuple[Any, ...]], Any]:
+        def override(node: fx.Node, index: int, args: tuple[Any, ...]) -> Any:
+            if node.name not in wanted:
+                return None
+            seen[node.name, sides[index]].update(args[0])
+            if sides[index] < len(parents):
+                return None
+            return node.target(*args[:3], *corrections(node, args[3:5]), *args[5:])  # type: ignore[operator]
+
+        return override
+
+    # The merged network comes last at every node: it needs what the others show there.
+    programs = [(Program(sources[group[0]].capture), group) for group in _by_capture(sources)]
     for done, (args, kwargs) in enumerate(batches, start=1):
-        program.run([*parents, merged], args, kwargs, override=override)
+        with torch.no_grad():
+            runs = [
+                program.steps([sources[side].state for side in group], args, kwargs, measuring(group))
+                for program, group in programs
+            ]
+            for _ in zip(*runs, strict=True):
+                pass
         progress("repair", done, len(batches))
     for node in nodes:
         names = _buffers(capture, node)
-        for name, value in zip(
-            names, _corrected(node.name, seen, weights, *(merged[n] for n in names)), strict=True
-        ):
-            corrected[name] = value
+        corrected.update(zip(names, corrections(node, [merged[name] for name in names]), strict=True))
     return corrected
 
 
-def weighted_statistics(
-    capture: Capture, parents: Sequence[Mapping[str, torch.Tensor]], weights: Sequence[float]
-) -> dict[str, torch.Tensor]:
-    """Return the average of the parents' running means and variances.
+def _by_capture(sources: Sequence[Source]) -> list[list[int]]:
+    """Return the positions of what runs on one graph; the last one's group comes last."""
+    groups: dict[int, list[int]] = {}
+    for index, source in enumerate(sources):
+        groups.setdefault(id(source.capture), []).append(index)
+    return sorted(groups.values(), key=lambda group: group[-1])
 
-    Parameters
-    ----------
-    capture : Capture
-    parents : sequence of mapping
-    weights : sequence of float
-        Their shares, summing to one.
 
-    Returns
-    -------
-    dict of str to torch.Tensor
-        By name of the buffer.
+def _carried(
+    moments: _Moments,
+    carry: Callable[[str, torch.Tensor], torch.Tensor] | None,
+    names: Sequence[str],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and variance per channel of the target.
+
+    The variance of an average of channels is taken as the average of theirs, as where they are equal.
     """
-    names = [name for node in _batch_norms(capture) for name in _buffers(capture, node)]
-    shares = torch.tensor(weights, dtype=torch.float64)
-    return {
-        name: torch.tensordot(shares, torch.stack([parent[name].double() for parent in parents]), 1).to(
-            parents[0][name].dtype
-        )
-        for name in names
-    }
+    mean, variance = moments.mean, moments.variance
+    return (mean, variance) if carry is None else (carry(names[0], mean), carry(names[1], variance))
 
 
 def _batch_norms(capture: Capture) -> list[fx.Node]:
@@ -146,19 +168,18 @@ def _buffers(capture: Capture, node: fx.Node) -> list[str]:
 
 
 def _corrected(
-    node: str,
-    seen: Mapping[tuple[str, int], _Moments],
+    own: tuple[torch.Tensor, torch.Tensor],
+    parents: Sequence[tuple[torch.Tensor, torch.Tensor]],
     weights: Sequence[float],
     mean: torch.Tensor,
     variance: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    own = seen[node, len(weights)]
-    parents = [seen[node, index] for index in range(len(weights))]
+    """Correct a stored mean and variance by how the merged network's differ from the parents'."""
     shares = torch.tensor(weights, dtype=torch.float64)
-    expected_mean = shares @ torch.stack([item.mean for item in parents])
-    expected = shares @ torch.stack([item.variance for item in parents])
-    ratio = torch.where(expected > _TINY, own.variance / (expected + _TINY), torch.ones(()))
-    shift = own.mean - expected_mean
+    expected_mean = shares @ torch.stack([item[0] for item in parents])
+    expected = shares @ torch.stack([item[1] for item in parents])
+    ratio = torch.where(expected > _TINY, own[1] / (expected + _TINY), torch.ones(()))
+    shift = own[0] - expected_mean
     # Float32 activations carry rounding: what is no larger is no difference, and stays uncorrected.
     ratio = torch.where((ratio - 1.0).abs() > _ROUNDING, ratio, torch.ones(()))
     shift = torch.where(shift.abs() > _ROUNDING * expected.sqrt(), shift, torch.zeros(()))

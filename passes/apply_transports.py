@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxfusion.pairing import Parent
 from fxfusion.passes.base import FusionPass
 from fxfusion.state import state_of
-from fxfusion.symmetry import act
-from fxfusion.transport.flow import act_locally
-from fxfusion.transport.joint import Alignment
-
-
-def _aligned(alignment: Alignment, parent: Parent) -> dict[str, torch.Tensor]:
-    if alignment.local is not None:
-        return act_locally(parent.plan, alignment.local, parent.state)
-    return act(parent.plan, alignment.maps, parent.state)
+from fxfusion.transport.flow import carried
 
 
 @dataclasses.dataclass(eq=False)
@@ -34,7 +24,7 @@ class ApplyTransports(FusionPass):
         """Run the pass; the graph itself stays as it is."""
         state = state_of(graph_module)
         state.aligned = [
-            dict(parent.state) if alignment is None else _aligned(alignment, parent)
+            dict(parent.state) if alignment is None else carried(parent.plan, alignment, parent.state)
             for parent, alignment in zip(state.parents, state.alignments, strict=True)
         ]
         return PassResult(graph_module, False)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
@@ -22,8 +23,9 @@ from fxfusion.calibration import Batches
 from fxfusion.passes.base import FusionPass
 from fxfusion.passes.merge import write
 from fxfusion.progress import Progress, silent
-from fxfusion.repair import corrected_statistics, weighted_statistics
-from fxfusion.state import state_of
+from fxfusion.repair import Source, corrected_statistics
+from fxfusion.state import FusionState, state_of
+from fxfusion.transport.flow import carried
 
 
 @dataclasses.dataclass(eq=False)
@@ -49,15 +51,23 @@ class Repair(FusionPass):
         state = state_of(graph_module)
         if self.batches is None:
             return PassResult(graph_module, False)
-        # Parents of other widths no longer compute what their own statistics were taken from.
-        kept = [index for index, parent in enumerate(state.parents) if parent.capture is state.capture]
-        parents = [state.aligned[index] for index in kept]
-        total = sum(state.weights[index] for index in kept)
-        shares = [state.weights[index] / total if total else 1.0 / len(kept) for index in kept]
-        stored = state.merged
-        if len(kept) < len(state.parents):
-            stored = {**stored, **weighted_statistics(state.capture, parents, shares)}
-        corrected = corrected_statistics(state.capture, stored, parents, shares, self.batches, self.progress)
+        sources = [self._source(state, index) for index in range(len(state.parents))]
+        corrected = corrected_statistics(
+            state.capture, state.merged, sources, state.weights, self.batches, self.progress
+        )
         state.merged.update(corrected)
         write(graph_module, corrected, state.capture.aliases)
         return PassResult(graph_module, bool(corrected))
+
+    @staticmethod
+    def _source(state: FusionState, index: int) -> Source:
+        """Return how a parent is measured: aligned, or as it is if its widths differ."""
+        parent, alignment = state.parents[index], state.alignments[index]
+        if alignment is None or parent.capture is state.capture:
+            return Source(state.capture, state.aligned[index])
+
+        def carry(name: str, values: torch.Tensor) -> torch.Tensor:
+            alone = dataclasses.replace(parent.plan, layouts={name: parent.plan.layouts[name]})
+            return carried(alone, alignment, {name: values})[name]
+
+        return Source(parent.capture, parent.state, carry)

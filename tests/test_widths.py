@@ -428,3 +428,48 @@ def test_resampled_quantiles_of_copies_are_the_values(count: int, copies: int) -
     found = resample(values.repeat_interleave(copies, -1), count)
     torch.testing.assert_close(found.mean(-1), values.mean(-1))
     assert (found.diff() >= -1e-6).all()
+
+
+# -- a third width ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["convolutions", "vit"])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_parents_meet_in_a_third_width(name: str, calibrated: bool) -> None:
+    kwargs = MODELS[name][1]
+    parents = [make(name, (12, 2, 18), 0), make(name, (16, 4, 24), 1)]
+    into = make(name, (8, 2, 12), 2)
+    before = {key: tensor.clone() for key, tensor in into.state_dict().items()}
+    result = fxfusion.fuse(parents, kwargs=kwargs, calibration=[kwargs] if calibrated else None, into=into)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in into.state_dict().items())
+    into.load_state_dict(result.state_dict())
+    assert output(into, kwargs).isfinite().all()
+    other = fxfusion.fuse(
+        parents,
+        kwargs=kwargs,
+        calibration=[kwargs] if calibrated else None,
+        into=make(name, (8, 2, 12), 3),
+    )
+    for key, tensor in result.state_dict().items():  # the template's own weights do not count
+        torch.testing.assert_close(other.state_dict()[key], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_of_copies_is_found_again_without_a_narrow_parent() -> None:
+    """Two scrambled copies of a widened network, fused into the narrow width, compute what it does."""
+    narrow, kwargs = make("convolutions", (8, 1, 12), 0), MODELS["convolutions"][1]
+    wide = make("convolutions", (16, 1, 24), 1)
+    wide.load_state_dict(fxfusion.fuse([narrow, wide], kwargs=kwargs, weights=[1, 0]).state_dict())
+    twin = make("convolutions", (16, 1, 24), 1)
+    twin.load_state_dict(fxfusion.scramble(wide, kwargs=kwargs))
+    into = make("convolutions", (8, 1, 12), 4)
+    result = fxfusion.fuse([wide, twin], kwargs=kwargs, calibration=[kwargs], into=into)
+    into.load_state_dict(result.state_dict())
+    expected, fused = output(narrow, kwargs), output(into, kwargs)
+    correlation = torch.corrcoef(torch.stack([expected.flatten(), fused.flatten()]))[0, 1]
+    assert correlation > 0.9
+
+
+def test_into_takes_the_place_of_a_target() -> None:
+    parents = [make("convolutions", (8, 1, 12), seed) for seed in range(2)]
+    with pytest.raises(fxfusion.FusionError, match="into"):
+        fxfusion.fuse(parents, kwargs=MODELS["convolutions"][1], into=parents[0], target=0)

@@ -23,7 +23,7 @@ from torch import fx
 from fxfusion.layout import Block
 from fxfusion.plan import Plan
 from fxfusion.statistics import CrossMoments, Observation
-from fxfusion.symmetry import reading_axes
+from fxfusion.symmetry import act, reading_axes
 from fxfusion.transport.assignment import Masses
 from fxfusion.transport.carry import Carried, Join, Solve, Streams, Transport, Writer, settled
 from fxfusion.transport.compare import Comparison, compare, ground_cost
@@ -162,6 +162,25 @@ def act_locally(
             factor = plan.gains.of(layout, block, reads)
             into.view(moved[name]).copy_(view if factor == 1.0 else view * factor)
     return moved
+
+
+def carried(plan: Plan, alignment: Alignment, state: State) -> dict[str, torch.Tensor]:
+    """Return a parent's weights in the target's basis.
+
+    Parameters
+    ----------
+    plan : Plan
+    alignment : Alignment
+    state : mapping of str to torch.Tensor
+        Not written.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+    """
+    if alignment.local is not None:
+        return act_locally(plan, alignment.local, state)
+    return act(plan, alignment.maps, state)
 
 
 class _FlowSolver:

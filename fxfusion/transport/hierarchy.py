@@ -210,10 +210,7 @@ def solve_tree(
     solved: dict[str, Solution] = {}
     for space in reversed(tree.members):
         shape = Shape.of(plan, space)
-        cost = costs[space.name].clone()
-        for child in tree.members:
-            if len(child.scope) and child.scope[-1] == space.name:
-                cost += _child_values(plan, space, child, solved[child.name])
+        cost = with_children(plan, tree, space, costs[space.name], solved)
         flat = cost.reshape(-1, shape.size, shape.source_size)
         given = (masses or {}).get(space.name)
         index, plans, values = coupling.solve(flat, None if given is None else _paired(given, shape))
@@ -225,6 +222,17 @@ def solve_tree(
     if any(solution.index is None for solution in solved.values()):  # then none of the tree is one-to-one
         return {space.name: solved[space.name].widened(space.size) for space in tree.members}
     return solved
+
+
+def with_children(
+    plan: Plan, tree: Tree, space: Space, cost: torch.Tensor, solved: Mapping[str, Solution]
+) -> torch.Tensor:
+    """Return a space's cost plus what the spaces right below it cost for every pair of its units."""
+    total = cost.clone()
+    for child in tree.members:
+        if child.scope and child.scope[-1] == space.name:
+            total += _child_values(plan, space, child, solved[child.name])
+    return total
 
 
 def _paired(masses: Masses, shape: Shape) -> Masses:
