@@ -541,6 +541,11 @@ def _check_flow(flow: Flow, features: str, coupling: str | Coupling, regularisat
         check_policy(flow)
     if flow.relaxation is not None and coupling not in ("soft", "widening"):
         raise OptionError('relaxation is of soft couplings: give coupling="soft"')
+    if (
+        isinstance(coupling, Coupling)
+        and min(coupling.share, *(c.share for c in coupling.overrides.values()), 1.0) < 1
+    ):
+        raise OptionError("share is not for flow: leave one of them out")
     if flow.regularisation is not None and isinstance(coupling, Coupling):
         raise OptionError("regularisation is given twice, in the flow and the coupling: give one of them")
     if flow.regularisation is not None and regularisation is not None:

@@ -8,7 +8,7 @@ import torch
 
 from fxfusion.capture import Capture
 from fxfusion.plan import Plan, Role, Space
-from fxfusion.transport.map import HardMap, Map, Maps, transport_tensor
+from fxfusion.transport.map import HardMap, Map, Maps, SoftMap, transport_tensor
 
 
 def random_maps(plan: Plan, generator: torch.Generator) -> dict[str, Map]:
@@ -78,6 +78,40 @@ def act(plan: Plan, maps: Maps, state: Mapping[str, torch.Tensor]) -> dict[str, 
             plan.gains,
         )
     return moved
+
+
+def fill(
+    plan: Plan, maps: Maps, moved: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Fill up with the target's weights what partial transports left where it was.
+
+    Parameters
+    ----------
+    plan : Plan
+    maps : mapping of str to HardMap or SoftMap
+    moved : mapping of str to torch.Tensor
+        The transported weights.
+    target : mapping of str to torch.Tensor
+        The target's.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        ``moved`` itself where all mass was transported.
+    """
+    missing = {name for name, item in maps.items() if isinstance(item, SoftMap) and item.partial}
+    filled = dict(moved)
+    for name, layout in plan.layouts.items():
+        if not layout.spaces() & missing:
+            continue
+        # What arrives of ones, if every axis takes the average of its sources: how much was transported.
+        shape = plan.source.layouts[name].shape
+        arrived = transport_tensor(
+            torch.ones(shape, dtype=torch.float64), plan.source.layouts[name], maps, into=layout
+        )
+        own = (1.0 - arrived) * target[name].detach().double()
+        filled[name] = (moved[name].double() + own).to(moved[name].dtype)
+    return filled
 
 
 def complete(

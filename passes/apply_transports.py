@@ -9,6 +9,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from fxfusion.passes.base import FusionPass
 from fxfusion.state import state_of
+from fxfusion.symmetry import fill
 from fxfusion.transport.flow import carried
 
 
@@ -23,10 +24,14 @@ class ApplyTransports(FusionPass):
     def call(self, graph_module: GraphModule) -> PassResult:
         """Run the pass; the graph itself stays as it is."""
         state = state_of(graph_module)
-        state.aligned = [
-            dict(parent.state) if alignment is None else carried(parent.plan, alignment, parent.state)
-            for parent, alignment in zip(state.parents, state.alignments, strict=True)
-        ]
+        own = state.parents[state.target].state
+        state.aligned = []
+        for parent, alignment in zip(state.parents, state.alignments, strict=True):
+            if alignment is None:
+                state.aligned.append(dict(parent.state))
+                continue
+            moved = carried(parent.plan, alignment, parent.state)
+            state.aligned.append(fill(parent.plan, alignment.maps, moved, own))
         return PassResult(graph_module, False)
 
     def ensures(self, graph_module: GraphModule) -> None:

@@ -163,3 +163,47 @@ def test_a_coupling_is_taken_as_it_is() -> None:
     assert all(torch.equal(tensor, given[name]) for name, tensor in named.items())
     with pytest.raises(OptionError, match="twice"):
         fxfusion.fuse(models, (TOKENS,), coupling=Coupling(0.02), regularisation=0.1)
+
+
+# -- partial couplings --------------------------------------------------------------------------------
+
+
+def planted(noise: float) -> tuple[PerToken, PerToken, torch.Tensor]:
+    """Return a network, a twin whose last two hidden units are others, and the order that undoes it."""
+    left, right = PerToken(0), PerToken(0)
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(3))
+    other = PerToken(9)
+    with torch.no_grad():
+        right.up.weight[4:] = other.up.weight[4:] * noise
+        right.up.bias[4:] = other.up.bias[4:] * noise
+        right.middle.weight[:, 4:] = other.middle.weight[:, 4:] * noise
+        right.up.weight.copy_(right.up.weight[order])
+        right.up.bias.copy_(right.up.bias[order])
+        right.middle.weight.copy_(right.middle.weight[:, order])
+    return left, right, order
+
+
+def test_units_without_a_counterpart_stay_the_targets() -> None:
+    left, right, _ = planted(3.0)
+    coupling = Coupling(overrides={"up.*": Coupling(share=4 / 6)})
+    fused = fxfusion.fuse([right, left], (TOKENS,), coupling=coupling).state_dict()
+    for name, tensor in left.state_dict().items():
+        torch.testing.assert_close(fused[name], tensor, rtol=1e-5, atol=1e-6)
+    whole = fxfusion.fuse([right, left], (TOKENS,)).state_dict()
+    assert (whole["up.weight"] - left.up.weight).abs().max() > 0.1
+
+
+def test_all_of_the_mass_is_a_hard_coupling() -> None:
+    left, right, _ = planted(1.0)
+    hard = fxfusion.fuse([right, left], (TOKENS,)).state_dict()
+    nearly = fxfusion.fuse([right, left], (TOKENS,), coupling=Coupling(share=1 - 1e-9)).state_dict()
+    for name, tensor in hard.items():
+        torch.testing.assert_close(nearly[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fields", [{"share": 0.0}, {"share": 1.5}, {"share": 0.5, "regularisation": 0.1}])
+def test_shares_that_cannot_be_are_refused(fields: dict[str, float]) -> None:
+    with pytest.raises(OptionError, match="share"):
+        Coupling(**fields)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="flow"):
+        fxfusion.fuse([PerToken(0), PerToken(1)], (TOKENS,), coupling=Coupling(share=0.5), flow=Flow())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import ot
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -91,6 +92,45 @@ def _groups(cost: torch.Tensor) -> torch.Tensor:
     rows[:, few * least :] = 0.0
     index = torch.from_numpy(linear_sum_assignment(torch.cat([columns, rows]).numpy())[1])[:many] % few
     return torch.nn.functional.one_hot(index, few).double() / many
+
+
+def partial(costs: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Solve a batch of transport problems in which only a share of the mass is moved, the cheapest.
+
+    Parameters
+    ----------
+    costs : torch.Tensor
+        ``[batch, target, source]``; all units weigh alike.
+    share : float
+        Between 0 and 1.
+
+    Returns
+    -------
+    plans : torch.Tensor
+        ``[batch, target, source]``, summing to ``share``.
+    values : torch.Tensor
+        ``[batch]``: the transported cost times the number of target units, as of :func:`assign`.
+
+    References
+    ----------
+    Chapel, Alaya and Gasso, Partial Optimal Transport with Applications on Positive-Unlabeled Learning,
+    NeurIPS 2020 (POT's solver).
+
+    Examples
+    --------
+    >>> plans, _ = partial(torch.tensor([[[0.0, 9.0], [9.0, 5.0]]]), 0.5)
+    >>> plans.tolist()
+    [[[0.5, 0.0], [0.0, 0.0]]]
+    """
+    exact = costs.double().cpu()
+    target, source = (np.full(size, 1.0 / size) for size in costs.shape[-2:])
+    solved = [
+        torch.from_numpy(ot.partial.partial_wasserstein(target, source, cost, m=share))
+        for cost in exact.numpy()
+    ]
+    plans = torch.stack(solved)
+    values = (plans * exact).sum((-2, -1)) * costs.shape[-2]
+    return plans.to(costs), values.to(costs)
 
 
 def emd(costs: torch.Tensor, masses: Masses) -> tuple[torch.Tensor, torch.Tensor]:

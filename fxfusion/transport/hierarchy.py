@@ -14,8 +14,9 @@ from fnmatch import fnmatchcase
 
 import torch
 
+from fxfusion.errors import OptionError
 from fxfusion.plan import Plan, Space
-from fxfusion.transport.assignment import Masses, assign, assign_groups, emd
+from fxfusion.transport.assignment import Masses, assign, assign_groups, emd, partial
 from fxfusion.transport.map import HardMap, Map, SoftMap, in_order
 from fxfusion.transport.sinkhorn import sinkhorn
 
@@ -33,6 +34,9 @@ class Coupling:
         Of a soft coupling: price of mass that is not transported, in the same units; None for balanced.
     widening : bool
         Soft only where the target has more units than the source, hard elsewhere.
+    share : float
+        Of a hard coupling: how much of the mass is transported, the cheapest. Units without a counterpart
+        stay the target's.
     overrides : mapping of str to Coupling
         Other couplings for some spaces, by pattern of their names as in :mod:`fnmatch`. Spaces below others
         follow the outermost.
@@ -47,7 +51,14 @@ class Coupling:
     absolute: bool = False
     relaxation: float | None = None
     widening: bool = False
+    share: float = 1.0
     overrides: Mapping[str, Coupling] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise OptionError(f"share={self.share!r}: give a number above 0 and at most 1")
+        if self.share < 1 and self.regularisation is not None:
+            raise OptionError("share is of hard couplings: leave regularisation out")
 
     def of(self, space: str) -> Coupling:
         """Return the coupling to solve for in a space."""
@@ -79,6 +90,8 @@ class Coupling:
         soft = not self.widening or costs.shape[-2] > costs.shape[-1]
         if self.regularisation is not None and soft:
             return None, *sinkhorn(costs, self.regularisation, self.absolute, self.relaxation, masses)
+        if self.share < 1:
+            return None, *partial(costs, self.share)
         if masses is not None:
             return None, *emd(costs, masses)
         if costs.shape[-2] != costs.shape[-1]:
@@ -171,11 +184,14 @@ class Solution:
         Soft: ``[fixed, target outer, source outer, target units, source units]``.
     values : torch.Tensor
         ``[fixed, target outer, source outer]``: the optimal cost of each pair.
+    partial : bool
+        Whether some mass stays where it is.
     """
 
     index: torch.Tensor | None
     plan: torch.Tensor | None
     values: torch.Tensor
+    partial: bool = False
 
     def widened(self, size: int) -> Solution:
         """Return the solution with a plan in place of an index into ``size`` source units."""
@@ -218,6 +234,7 @@ def solve_tree(
             None if index is None else index.reshape(shape.cost[:4]),
             None if plans is None else plans.reshape(shape.cost),
             values.reshape(shape.cost[:3]),
+            coupling.share < 1,
         )
     if any(solution.index is None for solution in solved.values()):  # then none of the tree is one-to-one
         return {space.name: solved[space.name].widened(space.size) for space in tree.members}
@@ -267,7 +284,7 @@ def to_maps(plan: Plan, tree: Tree, solved: Mapping[str, Solution]) -> dict[str,
         if solution.plan is not None:
             others = [plan.source.scope_size(name) for name in space.scope]
             coupling = spread(solution.plan, sizes, others, len(fixed & set(space.scope)))
-            maps[space.name] = SoftMap.from_coupling(coupling, space.scope)
+            maps[space.name] = SoftMap.from_coupling(coupling, space.scope, solution.partial)
             continue
         assert solution.index is not None
         matched = _matched_outer(plan, space, maps)  # [fixed, outer]: source outer unit of each target one
@@ -371,4 +388,5 @@ def _rows(solution: Solution, size: int) -> torch.Tensor:
     if solution.index is not None:
         return torch.nn.functional.one_hot(solution.index, size).double()
     assert solution.plan is not None
-    return solution.plan.double() / solution.plan.double().sum(-1, keepdim=True)
+    plan = solution.plan.double()
+    return plan * plan.shape[-2] if solution.partial else plan / plan.sum(-1, keepdim=True)

@@ -50,15 +50,25 @@ class SoftMap:
     read : torch.Tensor
         The same shape, columns sum to one: what a source unit gave is handed on to the target units
         coupled with it, so that unequal widths conserve mass.
+    partial : bool
+        Whether rows and columns may sum to less: what is missing stays the target's.
     """
 
     scope: tuple[str, ...]
     write: torch.Tensor
     read: torch.Tensor
+    partial: bool = False
 
     @classmethod
-    def from_coupling(cls, coupling: torch.Tensor, scope: tuple[str, ...] = ()) -> SoftMap:
-        """Divide a coupling by its row marginals (write) and by its column marginals (read)."""
+    def from_coupling(
+        cls, coupling: torch.Tensor, scope: tuple[str, ...] = (), partial: bool = False
+    ) -> SoftMap:
+        """Divide a coupling by its row marginals (write) and by its column marginals (read).
+
+        Those of a ``partial`` one would be uniform if all its mass were transported.
+        """
+        if partial:
+            return cls(scope, coupling * coupling.shape[-2], coupling * coupling.shape[-1], True)
         tiny = torch.finfo(coupling.dtype).tiny
         return cls(
             scope,
