@@ -84,6 +84,17 @@ def batch_norm_no_training(
     return [result, *(Typed(tuple(context.fixed_like(shape))) for shape in context.shapes[1:])]
 
 
+@rule("_native_batch_norm_legit")
+def batch_norm_of_its_own(
+    context: Context, x: Typed, weight: Typed | None = None, bias: Typed | None = None, *more: Any
+) -> Sequence[Typed]:
+    """Normalise every channel by its own statistics (weight standardisation), and return these, too."""
+    channels = _channelwise(context, x, weight, bias, *(item for item in more if isinstance(item, Typed)))
+    context.mix([channels], [x.axes[0], *x.axes[2:]])
+    statistic = Typed((channels,))
+    return [_with_channels(x, channels), *[statistic] * (len(context.shapes) - 1)]
+
+
 @rule("group_norm")
 def group_norm(
     context: Context, x: Typed, groups: int, weight: Typed | None = None, bias: Typed | None = None, *_: Any

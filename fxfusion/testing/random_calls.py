@@ -1077,7 +1077,7 @@ def _layer_norm(choices: Choices, name: str) -> OperatorCall:
     return _call(name, "default", x, last, _maybe(choices, weight), _maybe(choices, bias), 1e-5)
 
 
-@_makes("batch_norm _native_batch_norm_legit_no_training instance_norm group_norm")
+@_makes("batch_norm _native_batch_norm_legit_no_training _native_batch_norm_legit instance_norm group_norm")
 def _channel_norm(choices: Choices, name: str) -> OperatorCall:
     groups = choices.of((1, 2, 3)) if name == "group_norm" else 1
     channels = groups * choices.of((2, 3, 1))
@@ -1086,6 +1086,8 @@ def _channel_norm(choices: Choices, name: str) -> OperatorCall:
     weight, bias = (_real(channels), _real(channels)) if choices.flag() else (None, None)
     if name == "group_norm":
         return _call(name, "default", x, groups, weight, bias)
+    if name == "_native_batch_norm_legit":
+        return _call(name, "no_stats", x, weight, bias, True, 0.1, 1e-5)
     mean, variance = _real(channels), _of("positive", [channels])
     if name == "instance_norm" and choices.flag():
         return _call(name, "default", x, weight, bias, None, None, True, 0.1, 1e-5, False)

@@ -458,6 +458,10 @@ def _norm() -> dict[str, list[Example]]:
             call(aten._native_batch_norm_legit_no_training.default, real(2, 4, 3), real(4), real(4), real(4),
                  positive(4), 0.1, 1e-5),
         ],
+        "_native_batch_norm_legit": [
+            call(aten._native_batch_norm_legit.no_stats, real(2, 4, 3), real(4), real(4), True, 0.1, 1e-5),
+            call(aten._native_batch_norm_legit.no_stats, real(1, 6, 5), None, None, True, 0.1, 1e-5),
+        ],
         "group_norm": [
             call(aten.group_norm.default, real(2, 6, 5), 2, real(6), real(6)),
             call(aten.group_norm.default, real(2, 4, 3, 5), 1),
