@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from fxfusion.axes import Axis, Leaf, leaves_of
 from fxfusion.capture import Capture
@@ -112,10 +113,13 @@ def _incidences(
     """Return where every leaf lies in parameters, leaves in the order of their first incidence."""
     found: dict[Leaf, dict[Incidence, None]] = {}
     for name, axes in read.items():
-        blocks: list[dict[int, int]] = [{} for _ in axes]  # per axis: offset of a block -> its number
+        # Per axis: a block's number, by its offset and leaves. Alternatives that depend on the block of
+        # another axis begin at one offset, and are told apart by their leaves.
+        blocks: list[dict[Any, int]] = [{} for _ in axes]
         for pieces in tensor_blocks(axes):
             for axis, piece in enumerate(pieces):
-                number = blocks[axis].setdefault(piece.offset, len(blocks[axis]))
+                key = piece.offset, tuple(leaf for leaf, _, _ in piece.factors)
+                number = blocks[axis].setdefault(key, len(blocks[axis]))
                 for position, (leaf, _, _) in enumerate(piece.factors):
                     if leaf is not None:
                         role = roles.get((name, axis), Role.WRITES)

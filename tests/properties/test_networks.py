@@ -157,6 +157,11 @@ FOUND: dict[str, Network] = {
             Concatenated((HeadView(2, "norm"), Linear(2, bias=False))),
         ),
     ),
+    "alternatives on one axis have names of their own": Network(
+        IMAGES,
+        4,
+        (Convolution(8, groups=4, transposed=True), ChannelShuffle(2), Ordered("stride")),
+    ),
     "groups are cut in halves, twice": Network(
         Shape(2, (5,), last=False),
         12,
