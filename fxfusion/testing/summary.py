@@ -176,11 +176,8 @@ def _rows(records: Sequence[Record]) -> list[str]:
 
 
 def _short(text: str, length: int = 240) -> str:
-    """Return the beginning of a text on one line, without the folders of whoever ran it."""
-    words = [
-        word if "site-packages/" not in word else word.split("site-packages/")[-1] for word in text.split()
-    ]
-    line = " ".join(words).replace("|", "\\|")
+    """Return the beginning of a text on one line."""
+    line = " ".join(text.split()).replace("|", "\\|")
     return line if len(line) <= length else line[: length - 3] + "..."
 
 

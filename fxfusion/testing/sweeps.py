@@ -13,6 +13,7 @@ import json
 import math
 import multiprocessing
 import multiprocessing.connection
+import re
 import resource
 import time
 import traceback
@@ -153,8 +154,20 @@ def examine(
         record.status = "too large" if memory else "failed"
         record.message = "".join(traceback.format_exception_only(error)).strip()[:2000]
     record.memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+    record.message = without_folders(record.message)
     report(record)
     return record
+
+
+def without_folders(text: str) -> str:
+    """Return a text without the folders of whoever ran it: paths begin at the package.
+
+    Examples
+    --------
+    >>> without_folders("at /home/me/lib/python3.12/site-packages/timm/layers/mlp.py:7")
+    'at timm/layers/mlp.py:7'
+    """
+    return re.sub(r"/[^\s'\"]*/(?:site-packages/|(?=fxfusion/))", "", text)
 
 
 def _examine(
@@ -220,10 +233,12 @@ def _describe(record: Record, plan: Plan) -> None:
     for item in [item for item in plan.frozen if item.cause.kind != "unused"][:5]:
         share = f"{100 * item.elements / max(record.elements, 1):.2f} %"
         place = f"{item.cause.node} {item.cause.source}".strip()
-        record.frozen.append(f"{share}: {item.cause.message} ({item.cause.operator} at {place})")
+        text = f"{share}: {item.cause.message} ({item.cause.operator} at {place})"
+        record.frozen.append(without_folders(text))
     for limit in plan.limits:
         named = ", ".join(limit.parameters[:3]) + (", ..." if len(limit.parameters) > 3 else "")
-        record.limits.append(f"{limit.operator} at {limit.node} {limit.source}: {limit.reason} [{named}]")
+        text = f"{limit.operator} at {limit.node} {limit.source}: {limit.reason} [{named}]"
+        record.limits.append(without_folders(text))
 
 
 def _control(prepared: torch.fx.GraphModule, plan: Plan, seed: int) -> float:
