@@ -433,8 +433,7 @@ def test_resampled_quantiles_of_copies_are_the_values(count: int, copies: int) -
 # -- a third width ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["convolutions", "vit"])
-@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize(("name", "calibrated"), [("convolutions", True), ("vit", False)])
 def test_parents_meet_in_a_third_width(name: str, calibrated: bool) -> None:
     kwargs = MODELS[name][1]
     parents = [make(name, (12, 2, 18), 0), make(name, (16, 4, 24), 1)]

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fxfusion.atomic import write_text
-from fxfusion.testing.sweeps import COVERED, SENSITIVE, Record
+from fxfusion.testing.sweeps import COVERED, SENSITIVE, Record, without_folders
 
 LARGE = 500  # graph nodes from which the cost of planning is judged
 _LIBRARIES = ("torch", "timm", "transformers", "torchvision")
@@ -68,7 +68,7 @@ def totals(records: Sequence[Record]) -> Totals:
 
     Examples
     --------
-    >>> from fxfusion.testing.sweeps import Record
+    >>> from fxfusion.testing.sweeps import Record, without_folders
     >>> totals([Record("timm", "resnet", "resnet18", status="certified", covered=1.0, nodes=9)]).covered
     1
     """
@@ -176,8 +176,8 @@ def _rows(records: Sequence[Record]) -> list[str]:
 
 
 def _short(text: str, length: int = 240) -> str:
-    """Return the beginning of a text on one line."""
-    line = " ".join(text.split()).replace("|", "\\|")
+    """Return the beginning of a text on one line, without the folders of whoever ran it."""
+    line = " ".join(without_folders(text).split()).replace("|", "\\|")
     return line if len(line) <= length else line[: length - 3] + "..."
 
 
