@@ -217,27 +217,31 @@ class Program:
 
 
 def run_together(
-    programs: Sequence[tuple[Program, Sequence[State]]],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    observe: Callable[[fx.Node, list[list[Any]]], None],
+    runs: Sequence[Iterator[tuple[fx.Node, list[Any]]]],
+    observe: Callable[[fx.Node, list[list[Any]]], None] | None = None,
 ) -> None:
-    """Run graphs that correspond node by node side by side, each with its own states.
+    """Run graphs that correspond node by node side by side; the last comes last at every node.
 
     Parameters
     ----------
-    programs : sequence of (Program, sequence of mapping)
-    args, kwargs : sequence, mapping
-        Inputs of all.
-    observe : callable ``(node, values)``
-        Called with every node of the first graph and the values of all states, program by program.
+    runs : sequence of iterator
+        What :meth:`Program.steps` gives, one per graph.
+    observe : callable ``(node, values)``, optional
+        Called with every node of the first graph and the values of all states, graph by graph.
     """
     with torch.no_grad():
-        runs = [program.steps(states, args, kwargs) for program, states in programs]
         for steps in zip(*runs, strict=True):
             node = steps[0][0]
-            if node.op != "output":
+            if observe is not None and node.op != "output":
                 observe(node, [values for _, values in steps])
+
+
+def by_capture(captures: Sequence[Capture]) -> list[list[int]]:
+    """Return the positions that share a graph; the group of the last position comes last."""
+    groups: dict[int, list[int]] = {}
+    for index, capture in enumerate(captures):
+        groups.setdefault(id(capture), []).append(index)
+    return sorted(groups.values(), key=lambda group: group[-1])
 
 
 def _grouped_mm(

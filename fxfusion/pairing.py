@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,12 +27,12 @@ from torch import fx
 
 from fxfusion.capture import Capture
 from fxfusion.errors import ArchitectureMismatchError, WidthMismatchError
+from fxfusion.execution import State
 from fxfusion.inference import source_line
 from fxfusion.layout import AxisBlock, Block
 from fxfusion.plan import Gains, PairedPlan, Plan, Role
 from fxfusion.rules.registry import operator_name
 
-State = Mapping[str, torch.Tensor]
 SCALINGS = frozenset(["mul", "div", "scaled_dot_product_attention"])
 _VIEWS = frozenset(
     [

@@ -444,7 +444,9 @@ def _fuse_depths(
             names = model_name(modules[base], base), model_name(module, index)
             kept[index] = match_layers(modules[base], module, paths, samples, names)
             options.progress("match layers", index + 1, len(models))
-    reduced = [shallow(module, kept.get(index, {})) for index, module in enumerate(modules)]
+    reduced = [
+        shallow(module, kept[index]) if index in kept else module for index, module in enumerate(modules)
+    ]
     seen = None if batches is None else batches.source
     result = _fuse(reduced, args, kwargs, seen, weights, target, options, equal=False)
     notes = [

@@ -11,7 +11,7 @@ from torch import fx
 
 from fxfusion.calibration import Batches
 from fxfusion.capture import Capture
-from fxfusion.execution import Program
+from fxfusion.execution import Program, by_capture, run_together
 from fxfusion.progress import Progress, silent
 from fxfusion.rules.registry import operator_name
 
@@ -117,28 +117,20 @@ def corrected_statistics(
         return override
 
     # The merged network comes last at every node: it needs what the others show there.
-    programs = [(Program(sources[group[0]].capture), group) for group in _by_capture(sources)]
+    groups = by_capture([source.capture for source in sources])
+    programs = [(Program(sources[group[0]].capture), group) for group in groups]
     for done, (args, kwargs) in enumerate(batches, start=1):
-        with torch.no_grad():
-            runs = [
+        run_together(
+            [
                 program.steps([sources[side].state for side in group], args, kwargs, measuring(group))
                 for program, group in programs
             ]
-            for _ in zip(*runs, strict=True):
-                pass
+        )
         progress("repair", done, len(batches))
     for node in nodes:
         names = _buffers(capture, node)
         corrected.update(zip(names, corrections(node, [merged[name] for name in names]), strict=True))
     return corrected
-
-
-def _by_capture(sources: Sequence[Source]) -> list[list[int]]:
-    """Return the positions of what runs on one graph; the last one's group comes last."""
-    groups: dict[int, list[int]] = {}
-    for index, source in enumerate(sources):
-        groups.setdefault(id(source.capture), []).append(index)
-    return sorted(groups.values(), key=lambda group: group[-1])
 
 
 def _carried(

@@ -19,7 +19,7 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from fxfusion.errors import CalibrationMismatchError
-from fxfusion.execution import Program, State, run_together
+from fxfusion.execution import Program, State, by_capture, run_together
 from fxfusion.layout import ActivationBlock
 from fxfusion.pairing import Parent
 from fxfusion.plan import Plan
@@ -263,7 +263,7 @@ def collect(
             at_node.setdefault(observation.node, []).append((name, number, observation))
 
     chosen = observed or Observe()
-    alike = _by_capture(parents)
+    alike = by_capture([parent.capture for parent in parents])
     order = [index for group in alike for index in group]
 
     def observe(node: fx.Node, values: list[list[torch.Tensor]]) -> None:
@@ -288,7 +288,7 @@ def collect(
     for done, (args, kwargs) in enumerate(batches, start=1):
         if chosen.confident < 1.0:
             args, kwargs = _confident(own_program, parents[target].state, args, kwargs, chosen.confident)
-        run_together(programs, args, kwargs, observe)
+        run_together([program.steps(states, args, kwargs) for program, states in programs], observe)
         progress("calibrate", done, total)
     for name, streamed in next((item for item in moments if item), {}).items():
         if any(item.count < LEAST_SAMPLES for item in streamed):
@@ -296,14 +296,6 @@ def collect(
                 f"the calibration data show space {name} fewer than {LEAST_SAMPLES} samples: give more"
             )
     return moments
-
-
-def _by_capture(parents: Sequence[Parent]) -> list[list[int]]:
-    """Return the positions of parents that share a graph."""
-    groups: dict[int, list[int]] = {}
-    for index, parent in enumerate(parents):
-        groups.setdefault(id(parent.capture), []).append(index)
-    return list(groups.values())
 
 
 def _confident(
