@@ -13,14 +13,20 @@ from torch import nn
 import fxfusion
 
 
+def loaded(like: nn.Module, state: Mapping[str, torch.Tensor]) -> nn.Module:
+    """Return a copy of a network with other weights."""
+    copied = copy.deepcopy(like)
+    copied.load_state_dict(state)
+    return copied.eval()
+
+
 def average(models: Sequence[nn.Module]) -> nn.Module:
     """Return the vanilla average of networks of one size."""
     states = [model.state_dict() for model in models]
-    fused = copy.deepcopy(models[0])
-    fused.load_state_dict(
-        {name: torch.stack([state[name].float() for state in states]).mean(0) for name in states[0]}
+    return loaded(
+        models[0],
+        {name: torch.stack([state[name].float() for state in states]).mean(0) for name in states[0]},
     )
-    return fused.eval()
 
 
 def fuse(
@@ -34,45 +40,38 @@ def fuse(
     """Return the fusion of networks as an instance of the class, of the size of ``like``."""
     seen = task.calibration(samples) if features == "activations" else None
     result = fxfusion.fuse(models, kwargs=task.example(), calibration=seen, features=features, **options)
-    fused = copy.deepcopy(like)
-    fused.load_state_dict(result.state_dict())
-    return fused.eval()
+    return loaded(like, result.state_dict())
 
 
 def truncated(model: nn.Module, like: nn.Module) -> nn.Module:
     """Return a network cut to the widths of another: its first units (heads, channels) of every axis."""
-    cut = copy.deepcopy(like)
     state = model.state_dict()
-    cut.load_state_dict(
+    return loaded(
+        like,
         {
-            name: state[name][tuple(slice(0, size) for size in tensor.shape)].clone()
-            for name, tensor in cut.state_dict().items()
-        }
+            name: state[name][tuple(slice(0, size) for size in tensor.shape)]
+            for name, tensor in like.state_dict().items()
+        },
     )
-    return cut.eval()
 
 
 def padded(model: nn.Module, like: nn.Module) -> nn.Module:
     """Return a network put into a wider one, whose other units are as they were initialised."""
-    wide = copy.deepcopy(like)
-    state = {name: tensor.clone() for name, tensor in wide.state_dict().items()}
+    state = {name: tensor.clone() for name, tensor in like.state_dict().items()}
     for name, tensor in model.state_dict().items():
         state[name][tuple(slice(0, size) for size in tensor.shape)] = tensor
-    wide.load_state_dict(state)
-    return wide.eval()
+    return loaded(like, state)
 
 
 def first_layers(model: nn.Module, like: nn.Module, path: str) -> nn.Module:
     """Return a network of the depth of another: its first layers."""
     depth = len(list(like.get_submodule(path).children()))
-    cut = copy.deepcopy(like)
     kept = {
         name: tensor
         for name, tensor in model.state_dict().items()
         if not name.startswith(f"{path}.") or int(name[len(path) + 1 :].partition(".")[0]) < depth
     }
-    cut.load_state_dict(kept)
-    return cut.eval()
+    return loaded(like, kept)
 
 
 def mixed(left: nn.Module, right: nn.Module, share: float) -> nn.Module:
@@ -82,19 +81,18 @@ def mixed(left: nn.Module, right: nn.Module, share: float) -> nn.Module:
 
 def moved(origin: nn.Module, others: Sequence[nn.Module], shares: Sequence[float]) -> nn.Module:
     """Return a network in the plane through several: ``origin + sum of share * (other - origin)``."""
-    result = copy.deepcopy(origin)
     base = origin.state_dict()
     states: list[Mapping[str, torch.Tensor]] = [other.state_dict() for other in others]
-    result.load_state_dict(
+    return loaded(
+        origin,
         {
             name: tensor
             + sum(share * (state[name] - tensor) for share, state in zip(shares, states, strict=True))
             if tensor.is_floating_point()
             else tensor
             for name, tensor in base.items()
-        }
+        },
     )
-    return result.eval()
 
 
 def tuned(task: Task, model: nn.Module, steps: int, seed: int, **options: Any) -> nn.Module:

@@ -24,6 +24,7 @@ folder needed), mnist, cifar10, gpt2, bert (see tasks.py). Parents are trained o
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import sys
@@ -33,7 +34,7 @@ from typing import Annotated
 
 import torch
 import typer
-from methods import average, first_layers, fuse, halved, mixed, moved, padded, truncated, tuned
+from methods import average, first_layers, fuse, halved, loaded, mixed, moved, padded, truncated, tuned
 from rich.console import Console
 from rich.table import Table
 from tasks import TASKS, Size, Task, load
@@ -162,22 +163,11 @@ def layers(study: Study) -> Scores:
         for count in range(depth + 1):
             state, merged = right.state_dict(), fused.state_dict()
             later = tuple(f"{path}.{layer}." for layer in range(count, depth))
-            partly = fuse_of(
+            partly = loaded(
                 right, {name: state[name] if name.startswith(later) else merged[name] for name in state}
             )
             study.add(scores, f"first {count} of {depth} layers", partly)
     return scores
-
-
-def fuse_of(like: nn.Module, state: dict[str, torch.Tensor]) -> nn.Module:
-    """Return a network of the size of another with given weights."""
-    return mixed(like, _loaded(like, state), 1.0)
-
-
-def _loaded(like: nn.Module, state: dict[str, torch.Tensor]) -> nn.Module:
-    copied = mixed(like, like, 0.0)
-    copied.load_state_dict(state)
-    return copied
 
 
 def widths(study: Study) -> Scores:
@@ -283,7 +273,7 @@ def tuning(study: Study, teach: bool = False) -> Scores:
         }
         for name, start in starts.items():
             study.add(scores, f"{name}, step 0", start)
-            learner = mixed(start, start, 0.0)
+            learner = copy.deepcopy(start)
             teachers = [left, right] if teach else None
 
             def watch(step: int, name: str = name, learner: nn.Module = learner) -> None:
