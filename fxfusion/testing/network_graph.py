@@ -143,9 +143,9 @@ def _expand(units: Units) -> Stream:
 
 
 def _joined(factors: Sequence[Units]) -> list[Units]:
-    """Let adjacent blanks be one: what is repeated has no structure of its own."""
+    """Let blanks with at most single units between them be one: what is repeated has no structure."""
     found: list[Units] = []
-    for factor in factors:
+    for factor in [factor for factor in factors if factor.size > 1] or factors[:1]:
         if found and found[-1].kind == factor.kind == "blank":
             found[-1] = Units(found[-1].size * factor.size, "blank")
         else:

@@ -136,6 +136,9 @@ FOUND: dict[str, Network] = {
             Residual((Linear(2, bias=False), Linear(8, bias=False))),
         ),
     ),
+    "a single unit is repeated twice over": Network(
+        VECTORS, 2, (SplitOff(1, (Repeat(), Repeat(each=True))), TiedAutoencoder(2))
+    ),
     "inference settles after two shuffles": Network(
         IMAGES,
         6,
