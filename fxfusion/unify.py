@@ -135,6 +135,11 @@ class Unifier:
         if leaf in atoms_of(other):
             self.collapse(other)
             return resolve(leaf)
+        if isinstance(other, Case) and _is_independent(leaf, other.keys):
+            joined: Axis = leaf
+            for alternative in other.alternatives:
+                joined = self._unify(joined, alternative)
+            return joined
         structure = self._materialise(other)
         descendants = list(dict.fromkeys(leaves_of(structure)))
         self._link(first, descendants, structure)
@@ -428,8 +433,7 @@ class Unifier:
     def _may_depend(self, leaf: Leaf, whole: Axis, groups: frozenset[int]) -> bool:
         if leaf.fixed or not leaf.groups & groups or not isinstance(resolve(whole), Sum):
             return False
-        atoms = atoms_of(whole)
-        return leaf not in atoms and not any(atoms_of(key) & atoms for key in leaf.independent)
+        return leaf not in atoms_of(whole) and not _is_independent(leaf, [whole])
 
     def _make_case(self, leaf: Leaf, whole: Axis) -> Axis:
         keys = parts_of(whole)
@@ -496,6 +500,12 @@ class Unifier:
             reason = self._reason("clash", message, None)
             return [Constant(1) if size == 1 else self.leaf(size, reason) for size in sizes]
         return regrouped
+
+
+def _is_independent(leaf: Leaf, axes: Sequence[Axis]) -> bool:
+    """Return whether a leaf is known not to differ from summand to summand of some axes."""
+    atoms = frozenset[Leaf]().union(*map(atoms_of, axes))
+    return any(atoms_of(key) & atoms for key in leaf.independent)
 
 
 def _align(first: list[Axis], second: list[Axis]) -> None:

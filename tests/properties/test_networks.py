@@ -139,6 +139,15 @@ FOUND: dict[str, Network] = {
     "a single unit is repeated twice over": Network(
         VECTORS, 2, (SplitOff(1, (Repeat(), Repeat(each=True))), TiedAutoencoder(2))
     ),
+    "inference settles where copies are told apart and shuffled": Network(
+        Shape(2, (5,), last=False),
+        4,
+        (
+            Repeat(each=True),
+            Concatenated((Repeat(),)),
+            Residual((LayerScale("mul"), ChannelShuffle(6), _convolution(24, 1))),
+        ),
+    ),
     "inference settles after two shuffles": Network(
         IMAGES,
         6,
