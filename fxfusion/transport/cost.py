@@ -89,6 +89,15 @@ class WeightCost:
             and not self._unsolved(block, tree, solved)
         )
 
+    def complete(self, tree: Tree, solved: frozenset[str]) -> bool:
+        """Return whether the costs of a tree can be had in full before it is solved itself."""
+        return all(
+            not self._unsolved(block, tree, solved)
+            and sum(space in tree.names for space, _, _ in innermost(block, self._scopes)) < 2
+            for name in self.parameters(tree)
+            for block in self.plan.layouts[name].blocks
+        )
+
     def _unsolved(self, block: Block, tree: Tree, solved: frozenset[str]) -> list[int]:
         return [
             dimension

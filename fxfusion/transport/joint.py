@@ -91,7 +91,7 @@ def align(
         order.append(tree)
         solver.start(tree)
         progress("match", len(order), len(order) + len(pending))
-    stale = {tree.root.name for tree in order}
+    stale = {tree.root.name for tree in order} - solver.settled
     while stale and solver.alignment.sweeps < MAXIMAL_SWEEPS:
         for tree in order:
             if tree.root.name in stale:
@@ -130,17 +130,28 @@ class _Solver:
         }
         self.alignment = Alignment({}, {}, {})
         self.solutions: dict[str, Solution] = {}
+        self.settled: set[str] = set()  # trees whose first solution took everything into account
 
     def readiness(self, tree: Tree) -> tuple[bool, int]:
         """Return how well a tree can be compared now: activations first, then the most anchored."""
         return tree.root.name in self.observed, self.weights.anchored(tree, frozenset(self.alignment.maps))
 
     def start(self, tree: Tree) -> None:
-        """Solve a tree for the first time, from what needs no unsolved space."""
-        costs = self.observed.get(tree.root.name)
+        """Solve a tree for the first time, from what needs no unsolved space.
+
+        If that is all there is, the next sweep would find the same costs: the tree is settled.
+        """
+        name, found = tree.root.name, self.alignment
+        costs = self.observed.get(name)
+        complete = costs is None and self.weights.complete(tree, frozenset(found.maps))
         if costs is None:
-            costs = self.weights.costs(tree, self.alignment.maps, self.solutions, partial=True)
-        self._accept(tree, solve_tree(self.plan, tree, costs, self.coupling.of(tree.root.name)))
+            costs = self.weights.costs(tree, found.maps, self.solutions, partial=True)
+        solved = solve_tree(self.plan, tree, costs, self.coupling.of(name))
+        self._accept(tree, solved)
+        if complete:
+            self.settled.add(name)
+            found.before.update(costs_of(self.plan, tree, costs, identity(self.plan, tree)))
+            found.after.update(costs_of(self.plan, tree, costs, solved))
 
     def improve(self, tree: Tree) -> bool:
         """Solve a tree anew given all other transports; keep the result if it costs less."""
