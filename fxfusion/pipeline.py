@@ -7,7 +7,6 @@ import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -17,10 +16,10 @@ from fxfusion.calibration import Batches
 from fxfusion.capture import Model, capture
 from fxfusion.certify import Certificate, certify_plan
 from fxfusion.depth import Kept, match_layers, restored, shallow, stacks_of, unequal_stacks
-from fxfusion.errors import CalibrationRequiredError, CertificationError, InvalidWeightError, OptionError
+from fxfusion.errors import CertificationError, InvalidWeightError
 from fxfusion.pairing import widths_differ
 from fxfusion.passes.align import Align
-from fxfusion.passes.align_flow import AlignFlow, check_policy
+from fxfusion.passes.align_flow import AlignFlow
 from fxfusion.passes.apply_transports import ApplyTransports
 from fxfusion.passes.base import FusionPass
 from fxfusion.passes.merge import Merge, write
@@ -28,16 +27,17 @@ from fxfusion.passes.normalize import Normalize
 from fxfusion.passes.pair import Pair
 from fxfusion.passes.propagate import Propagate
 from fxfusion.passes.repair import Repair
-from fxfusion.plan import PairedPlan, Plan
-from fxfusion.progress import Progress, silent
-from fxfusion.report import FusionReport, SpaceRow
+from fxfusion.plan import Plan
+from fxfusion.progress import Progress
+from fxfusion.report import FusionReport
+from fxfusion.reporting import fusion_report
+from fxfusion.settings import Settings
 from fxfusion.state import KEY, FusionState, attach, prepared, state_of
 from fxfusion.symmetry import act, complete, random_maps
 from fxfusion.transport.hierarchy import Coupling
 from fxfusion.transport.options import Flow, Observe
 from fxfusion.transport.template import first_template
 from fxfusion.validation import (
-    check_choice,
     check_finite,
     check_function,
     check_models,
@@ -47,11 +47,7 @@ from fxfusion.validation import (
     state_dict_of,
 )
 
-FEATURES = ("activations", "weights")
-COUPLINGS = ("hard", "soft", "widening")
 REFITS = 3  # turns in which a template of a third width is fitted
-LAYERS = ("keep", "drop")
-SOFT_REGULARISATION = 0.005
 CERTIFIED_SAMPLES = 2  # of the example, on which parents are certified before they are fused
 
 
@@ -343,39 +339,20 @@ def fuse(
     >>> result.module(x).shape
     torch.Size([16, 2])
     """
-    features = features or ("weights" if calibration is None else "activations")
-    check_choice("features", features, FEATURES)
-    if not isinstance(coupling, Coupling):
-        check_choice("coupling", coupling, COUPLINGS)
-    elif regularisation is not None:
-        raise OptionError("regularisation is given twice, to fuse and in its coupling: give one of them")
-    check_choice("layers", layers, LAYERS)
-    if features == "activations" and calibration is None:
-        raise CalibrationRequiredError(
-            'features="activations" needs calibration data: give calibration=batches, or features="weights"'
-        )
-    if regularisation is not None and not 0 < regularisation < float("inf"):
-        raise OptionError(f"regularisation={regularisation!r}: give a positive number")
-    if rounds < 0 or (rounds and flow is not None):
-        raise OptionError(f"rounds={rounds}: give 0 or more, and 0 with flow")
-    if flow is not None:
-        _check_flow(flow, features, coupling, regularisation)
-    chosen = _coupling(coupling, regularisation, flow)
-    if into is not None and (rounds or target != -1):
-        raise OptionError("into takes the place of target, and goes without rounds")
-    if observe is not None and features != "activations":
-        raise OptionError("observe says which activations count: give calibration data, or leave it out")
-    options = _Options(
-        features,
-        coupling if isinstance(coupling, str) else repr(coupling),
-        chosen,
-        seed,
-        outputs,
-        flow,
-        rounds,
-        observe or Observe(),
-        progress or silent,
-        REFITS if into is not None else 0,
+    settings = Settings.checked(
+        calibrated=calibration is not None,
+        features=features,
+        coupling=coupling,
+        regularisation=regularisation,
+        flow=flow,
+        rounds=rounds,
+        layers=layers,
+        observed=observe,
+        template=into is not None,
+        target=target,
+        seed=seed,
+        outputs=outputs,
+        progress=progress,
     )
     models = models if isinstance(models, torch.nn.Module) else list(models)
     if into is not None and not isinstance(models, torch.nn.Module):
@@ -383,37 +360,8 @@ def fuse(
         models = [*models, into]
     paths = [] if isinstance(models, torch.nn.Module) or len(models) < 2 else unequal_stacks(models)
     if not paths:
-        return _fuse(models, args, kwargs, calibration, weights, target, options)
-    return _fuse_depths(models, paths, args, kwargs, calibration, weights, target, options, layers)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Options:
-    features: str
-    name: str  # of the coupling
-    coupling: Coupling
-    seed: int
-    outputs: Sequence[str] | None
-    flow: Flow | None
-    rounds: int
-    observed: Observe
-    progress: Progress
-    refits: int  # of a template
-
-
-def _coupling(coupling: str | Coupling, regularisation: float | None, flow: Flow | None) -> Coupling:
-    if isinstance(coupling, Coupling):
-        return coupling
-    if coupling == "hard":
-        return Coupling()
-    softness = SOFT_REGULARISATION if regularisation is None else regularisation
-    widening = coupling == "widening"
-    if flow is None:
-        return Coupling(softness, widening=widening)
-    absolute = flow.regularisation is not None
-    if flow.regularisation is not None:
-        softness = flow.regularisation
-    return Coupling(softness, absolute, flow.relaxation, widening)
+        return _fuse(models, args, kwargs, calibration, weights, target, settings)
+    return _fuse_depths(models, paths, args, kwargs, calibration, weights, target, settings)
 
 
 def _fuse_depths(
@@ -424,8 +372,7 @@ def _fuse_depths(
     calibration: Iterable[Any] | None,
     weights: Sequence[float] | None,
     target: int,
-    options: _Options,
-    layers: str,
+    settings: Settings,
 ) -> FusionResult:
     """Fuse the layers of deeper parents that go with those of the shallowest one."""
     check_models(models, target)
@@ -443,19 +390,19 @@ def _fuse_depths(
             samples = [(capture.args, capture.kwargs)] if batches is None else batches
             names = model_name(modules[base], base), model_name(module, index)
             kept[index] = match_layers(modules[base], module, paths, samples, names)
-            options.progress("match layers", index + 1, len(models))
+            settings.progress("match layers", index + 1, len(models))
     reduced = [
         shallow(module, kept[index]) if index in kept else module for index, module in enumerate(modules)
     ]
     seen = None if batches is None else batches.source
-    result = _fuse(reduced, args, kwargs, seen, weights, target, options, equal=False)
+    result = _fuse(reduced, args, kwargs, seen, weights, target, settings, equal=False)
     notes = [
         f"of {path}, parent {index} takes part with layers {', '.join(map(str, positions))}"
         for index, found in kept.items()
         for path, positions in found.items()
     ]
     report = dataclasses.replace(result.report, notes=(*result.report.notes, *notes))
-    if layers == "drop" or target not in kept:
+    if settings.layers == "drop" or target not in kept:
         return dataclasses.replace(result, report=report)
     full = prepare(modules[target], args, kwargs)
     state = restored(state_dict_of(modules[target]), result.state_dict(), kept[target])
@@ -472,16 +419,15 @@ def _fuse(
     calibration: Iterable[Any] | None,
     weights: Sequence[float] | None,
     target: int,
-    chosen: _Options,
+    settings: Settings,
     equal: bool = True,
 ) -> FusionResult:
     """Fuse models of equal depths; ``equal`` says whether their configurations say so, too."""
     clock = _Clock()
-    features, seed = chosen.features, chosen.seed
     states = check_parents(models, target, equal)
     shares = check_shares(weights, len(models))
     target = range(len(models))[target]
-    show = chosen.progress
+    show = settings.progress
     show("capture", 0, 1)
     with clock.measure("capture"):
         module = prepare(models[target], args, kwargs)
@@ -500,36 +446,36 @@ def _fuse(
         states = [_as_target(parent, states[target]) for parent in states]
     with clock.measure("propagate"):
         for captured in (module, *others.values()):
-            _run([Normalize(), Propagate(chosen.outputs)], captured)
+            _run([Normalize(), Propagate(settings.outputs)], captured)
         module = _run([Pair(states, target, others)], module)
     with clock.measure("certify"):
-        certificates = _certify_all(state, models, seed, show)
-    seen = batches if features == "activations" else None
-    passes: list[FusionPass] = [_solver(chosen, seen), ApplyTransports(), Merge(shares)]
-    own = state.parents[target]
-    if chosen.refits:
-        template = first_template(state.parents[0].plan, state.parents[0].state)
-    for turn in range(chosen.refits):
-        state.parents = [*state.parents[:target], dataclasses.replace(own, state=template)]
+        certificates = _certify_all(state, models, settings.seed, show)
+    seen = batches if settings.features == "activations" else None
+    passes: list[FusionPass] = [_solver(settings, seen), ApplyTransports(), Merge(shares)]
+    if settings.template:
         with clock.measure("fit template"):
-            module = _run(passes, module)
-        template = state.merged
-        show("fit template", turn + 1, chosen.refits)
+            module = _fit_template(module, passes, show)
     for item in (*passes, Repair(batches, show)):
         with clock.measure(type(item).__name__):
             module = _run([item], module)
-    options = {"features": features, "coupling": chosen.name, "target": str(target), "seed": str(seed)}
-    if chosen.flow is not None:
-        options["flow"] = repr(chosen.flow)
-    if chosen.coupling.regularisation is not None:
-        options["regularisation"] = repr(chosen.coupling.regularisation)
-    if chosen.observed != Observe():
-        options["observe"] = repr(chosen.observed)
-    report = _report(state, models, options, certificates, clock.seconds)
+    report = fusion_report(state, models, settings.facts(target), certificates, clock.seconds)
     assert state.plan is not None
     fused = complete(state.capture, state.merged, states[target])
     module.meta.pop(KEY)  # the parents' weights need not outlive the fusion
     return FusionResult(module, report, state.plan, fused)
+
+
+def _fit_template(module: fx.GraphModule, passes: Sequence[FusionPass], progress: Progress) -> fx.GraphModule:
+    """Give the last parent, whose weights do not count, the others' average aligned with it, in turns."""
+    state = state_of(module)
+    *parents, own = state.parents
+    template = first_template(parents[0].plan, parents[0].state)
+    for turn in range(REFITS):
+        state.parents = [*parents, dataclasses.replace(own, state=template)]
+        module = _run(passes, module)
+        template = state.merged
+        progress("fit template", turn + 1, REFITS)
+    return module
 
 
 def _as_target(state: dict[str, torch.Tensor], target: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -537,27 +483,10 @@ def _as_target(state: dict[str, torch.Tensor], target: Mapping[str, torch.Tensor
     return {name: tensor.to(target[name].dtype) for name, tensor in state.items()}
 
 
-def _check_flow(flow: Flow, features: str, coupling: str | Coupling, regularisation: float | None) -> None:
-    """Refuse settings of a flow that do not go with the other options."""
-    if features == "weights":
-        check_policy(flow)
-    if flow.relaxation is not None and coupling not in ("soft", "widening"):
-        raise OptionError('relaxation is of soft couplings: give coupling="soft"')
-    if (
-        isinstance(coupling, Coupling)
-        and min(coupling.share, *(c.share for c in coupling.overrides.values()), 1.0) < 1
-    ):
-        raise OptionError("share is not for flow: leave one of them out")
-    if flow.regularisation is not None and isinstance(coupling, Coupling):
-        raise OptionError("regularisation is given twice, in the flow and the coupling: give one of them")
-    if flow.regularisation is not None and regularisation is not None:
-        raise OptionError("regularisation is given twice, to fuse and to its flow: give one of them")
-
-
-def _solver(chosen: _Options, batches: Batches | None) -> FusionPass:
-    if chosen.flow is None:
-        return Align(batches, chosen.coupling, chosen.observed, chosen.progress, chosen.rounds)
-    return AlignFlow(chosen.flow, batches, chosen.coupling, chosen.observed, chosen.progress)
+def _solver(settings: Settings, batches: Batches | None) -> FusionPass:
+    if settings.flow is None:
+        return Align(batches, settings.coupling, settings.observed, settings.progress, settings.rounds)
+    return AlignFlow(settings.flow, batches, settings.coupling, settings.observed, settings.progress)
 
 
 class _Clock:
@@ -624,74 +553,3 @@ def _verdict(certificate: Certificate) -> str:
             "signals explode, and nothing can be certified. Check its norm statistics and its example inputs."
         )
     return "The plan is unsound. Please report the model."
-
-
-def _report(
-    state: FusionState,
-    models: Sequence[Model],
-    options: dict[str, str],
-    certificates: Sequence[Certificate],
-    seconds: dict[str, float],
-) -> FusionReport:
-    assert state.plan is not None
-    solved = [alignment for alignment in state.alignments if alignment is not None]
-    graph = state.plan.graph
-    rows = []
-    for space in state.plan.spaces:
-        roles = [(incidence.parameter, incidence.role.value) for incidence in space.incidences]
-        rows.append(
-            SpaceRow(
-                name=space.name,
-                size=space.size,
-                symmetry=space.symmetry.value,
-                scope=space.scope,
-                writers=tuple(dict.fromkeys(name for name, role in roles if role != "reads")),
-                readers=tuple(dict.fromkeys(name for name, role in roles if role != "writes")),
-                cost_before=_mean([item.before[space.name] for item in solved]),
-                cost_after=_mean([item.after[space.name] for item in solved]),
-                moved=_mean([item.maps[space.name].moved for item in solved]),
-            )
-        )
-    return FusionReport(
-        model=state.capture.name,
-        parents=tuple(model_name(model, index) for index, model in enumerate(models)),
-        weights=state.weights,
-        options=options,
-        covered=state.plan.covered,
-        certified=tuple(certificate.max_relative_error for certificate in certificates),
-        spaces=tuple(rows),
-        limits=state.plan.limits,
-        graph=graph,
-        seconds=seconds,
-        versions=_versions(),
-        notes=_notes(state),
-    )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _notes(state: FusionState) -> tuple[str, ...]:
-    notes = []
-    if not state.capture.dynamic:
-        notes.append("the model fixes its batch size: the fused module takes the example's only")
-    for index, parent in enumerate(state.parents):
-        if isinstance(parent.plan, PairedPlan):
-            sizes = {
-                f"{parent.plan.source[space.name].size} to {space.size}"
-                for space in parent.plan
-                if parent.plan.source[space.name].size != space.size
-            }
-            notes.append(f"parent {index} has other widths: {', '.join(sorted(sizes))} units")
-    return tuple(notes)
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in ("fxfusion", "torch", "pot", "scipy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

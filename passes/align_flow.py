@@ -8,7 +8,6 @@ from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxfusion.calibration import Batches
-from fxfusion.errors import CalibrationRequiredError
 from fxfusion.passes.base import FusionPass
 from fxfusion.progress import Progress, silent
 from fxfusion.state import FusionState, state_of
@@ -16,23 +15,7 @@ from fxfusion.statistics import CrossMoments, collect
 from fxfusion.transport.carry import Carried, Streams, carry
 from fxfusion.transport.flow import Moments, flow_observations, solve_flow
 from fxfusion.transport.hierarchy import Coupling
-from fxfusion.transport.options import Flow, Heads, Observe, Residual
-
-_WEIGHTED = (Residual.WEIGHTED_SCALAR, Residual.WEIGHTED_MATRIX)
-
-
-def check_policy(options: Flow) -> None:
-    """Refuse a policy that weighs activations where there are none.
-
-    Raises
-    ------
-    CalibrationRequiredError
-    """
-    if options.residual in _WEIGHTED:
-        policy = Residual(options.residual).value
-        raise CalibrationRequiredError(
-            f"residual={policy!r} weighs activations: give calibration data, or another policy"
-        )
+from fxfusion.transport.options import Flow, Heads, Observe, check_policy
 
 
 @dataclasses.dataclass(eq=False)
@@ -99,7 +82,7 @@ class AlignFlow(FusionPass):
             carried,
             streams,
             state.capture.module.graph,
-            self.options.residual in _WEIGHTED,
+            self.options.weighted,
         )
         collected = collect(
             state.parents,

@@ -11,7 +11,7 @@ import enum
 import math
 from typing import Any
 
-from fxfusion.errors import OptionError
+from fxfusion.errors import CalibrationRequiredError, OptionError
 
 
 class Residual(enum.Enum):
@@ -287,6 +287,11 @@ class Flow:
     regularisation: float | None = None
     relaxation: float | None = None
 
+    @property
+    def weighted(self) -> bool:
+        """Whether activations weigh skip and branch."""
+        return Residual(self.residual) in (Residual.WEIGHTED_SCALAR, Residual.WEIGHTED_MATRIX)
+
     def __post_init__(self) -> None:
         _choose(self, "residual", Residual)
         _choose(self, "query_key", QueryKey)
@@ -335,4 +340,18 @@ class Flow:
         return cls(
             costs=Costs(**{name: value for name, value in given.items() if name in costs}),
             **{name: value for name, value in given.items() if name in own},
+        )
+
+
+def check_policy(options: Flow) -> None:
+    """Refuse a policy that weighs activations where there are none.
+
+    Raises
+    ------
+    CalibrationRequiredError
+    """
+    if options.weighted:
+        policy = Residual(options.residual).value
+        raise CalibrationRequiredError(
+            f"residual={policy!r} weighs activations: give calibration data, or another policy"
         )

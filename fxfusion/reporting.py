@@ -1,0 +1,102 @@
+"""The report of a fusion, from what its passes leave behind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from fxfusion.capture import Model
+from fxfusion.certify import Certificate
+from fxfusion.plan import PairedPlan
+from fxfusion.report import FusionReport, SpaceRow
+from fxfusion.state import FusionState
+from fxfusion.validation import model_name
+
+
+def fusion_report(
+    state: FusionState,
+    models: Sequence[Model],
+    options: dict[str, str],
+    certificates: Sequence[Certificate],
+    seconds: dict[str, float],
+) -> FusionReport:
+    """Return the report of a fusion.
+
+    Parameters
+    ----------
+    state : FusionState
+        After the last pass.
+    models : sequence
+        The parents.
+    options : dict of str to str
+    certificates : sequence of Certificate
+        One per parent.
+    seconds : dict of str to float
+        Per stage.
+
+    Returns
+    -------
+    FusionReport
+    """
+    assert state.plan is not None
+    solved = [alignment for alignment in state.alignments if alignment is not None]
+    graph = state.plan.graph
+    rows = []
+    for space in state.plan.spaces:
+        roles = [(incidence.parameter, incidence.role.value) for incidence in space.incidences]
+        rows.append(
+            SpaceRow(
+                name=space.name,
+                size=space.size,
+                symmetry=space.symmetry.value,
+                scope=space.scope,
+                writers=tuple(dict.fromkeys(name for name, role in roles if role != "reads")),
+                readers=tuple(dict.fromkeys(name for name, role in roles if role != "writes")),
+                cost_before=_mean([item.before[space.name] for item in solved]),
+                cost_after=_mean([item.after[space.name] for item in solved]),
+                moved=_mean([item.maps[space.name].moved for item in solved]),
+            )
+        )
+    return FusionReport(
+        model=state.capture.name,
+        parents=tuple(model_name(model, index) for index, model in enumerate(models)),
+        weights=state.weights,
+        options=options,
+        covered=state.plan.covered,
+        certified=tuple(certificate.max_relative_error for certificate in certificates),
+        spaces=tuple(rows),
+        limits=state.plan.limits,
+        graph=graph,
+        seconds=seconds,
+        versions=_versions(),
+        notes=_notes(state),
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _notes(state: FusionState) -> tuple[str, ...]:
+    notes = []
+    if not state.capture.dynamic:
+        notes.append("the model fixes its batch size: the fused module takes the example's only")
+    for index, parent in enumerate(state.parents):
+        if isinstance(parent.plan, PairedPlan):
+            sizes = {
+                f"{parent.plan.source[space.name].size} to {space.size}"
+                for space in parent.plan
+                if parent.plan.source[space.name].size != space.size
+            }
+            notes.append(f"parent {index} has other widths: {', '.join(sorted(sizes))} units")
+    return tuple(notes)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("fxfusion", "torch", "pot", "scipy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

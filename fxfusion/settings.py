@@ -1,0 +1,162 @@
+"""What :func:`fxfusion.fuse` is asked to do, checked before anything is captured."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from fxfusion.errors import CalibrationRequiredError, OptionError
+from fxfusion.progress import Progress, silent
+from fxfusion.transport.hierarchy import Coupling
+from fxfusion.transport.options import Flow, Observe, check_policy
+from fxfusion.validation import check_choice
+
+FEATURES = ("activations", "weights")
+COUPLINGS = ("hard", "soft", "widening")
+LAYERS = ("keep", "drop")
+SOFT_REGULARISATION = 0.005
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The settings of one fusion.
+
+    Attributes
+    ----------
+    features : {"activations", "weights"}
+    coupling : Coupling
+    name : str
+        The coupling as it was asked for.
+    flow : Flow or None
+    rounds : int
+    layers : {"keep", "drop"}
+    observed : Observe
+    template : bool
+        Whether the target is a network of a third width, whose weights do not count.
+    seed : int
+    outputs : sequence of str or None
+    progress : callable
+    """
+
+    features: str
+    coupling: Coupling
+    name: str
+    flow: Flow | None
+    rounds: int
+    layers: str
+    observed: Observe
+    template: bool
+    seed: int
+    outputs: Sequence[str] | None
+    progress: Progress
+
+    @classmethod
+    def checked(
+        cls,
+        *,
+        calibrated: bool,
+        features: str | None,
+        coupling: str | Coupling,
+        regularisation: float | None,
+        flow: Flow | None,
+        rounds: int,
+        layers: str,
+        observed: Observe | None,
+        template: bool,
+        target: int,
+        seed: int,
+        outputs: Sequence[str] | None,
+        progress: Progress | None,
+    ) -> Settings:
+        """Return settings, from arguments as :func:`fxfusion.fuse` gets them.
+
+        Raises
+        ------
+        OptionError
+            If one is out of range, or two exclude each other.
+        CalibrationRequiredError
+            If activations are asked for without calibration data.
+        """
+        features = features or ("activations" if calibrated else "weights")
+        check_choice("features", features, FEATURES)
+        if not isinstance(coupling, Coupling):
+            check_choice("coupling", coupling, COUPLINGS)
+        elif regularisation is not None:
+            raise OptionError("regularisation is given twice, to fuse and in its coupling: give one of them")
+        check_choice("layers", layers, LAYERS)
+        if features == "activations" and not calibrated:
+            raise CalibrationRequiredError(
+                'features="activations" needs calibration data: give calibration=batches, or '
+                'features="weights"'
+            )
+        if regularisation is not None and not 0 < regularisation < math.inf:
+            raise OptionError(f"regularisation={regularisation!r}: give a positive number")
+        if rounds < 0 or (rounds and flow is not None):
+            raise OptionError(f"rounds={rounds}: give 0 or more, and 0 with flow")
+        if flow is not None:
+            _check_flow(flow, features, coupling, regularisation)
+        if template and (rounds or target != -1):
+            raise OptionError("into takes the place of target, and goes without rounds")
+        if observed is not None and features != "activations":
+            raise OptionError("observe says which activations count: give calibration data, or leave it out")
+        return cls(
+            features=features,
+            coupling=_coupling(coupling, regularisation, flow),
+            name=coupling if isinstance(coupling, str) else repr(coupling),
+            flow=flow,
+            rounds=rounds,
+            layers=layers,
+            observed=observed or Observe(),
+            template=template,
+            seed=seed,
+            outputs=outputs,
+            progress=progress or silent,
+        )
+
+    def facts(self, target: int) -> dict[str, str]:
+        """Return the settings as the report shows them."""
+        found = {
+            "features": self.features,
+            "coupling": self.name,
+            "target": str(target),
+            "seed": str(self.seed),
+        }
+        if self.flow is not None:
+            found["flow"] = repr(self.flow)
+        if self.coupling.regularisation is not None:
+            found["regularisation"] = repr(self.coupling.regularisation)
+        if self.observed != Observe():
+            found["observe"] = repr(self.observed)
+        return found
+
+
+def _check_flow(flow: Flow, features: str, coupling: str | Coupling, regularisation: float | None) -> None:
+    """Refuse settings of a flow that do not go with the other options."""
+    if features == "weights":
+        check_policy(flow)
+    if flow.relaxation is not None and coupling not in ("soft", "widening"):
+        raise OptionError('relaxation is of soft couplings: give coupling="soft"')
+    if isinstance(coupling, Coupling) and any(
+        item.share < 1 for item in (coupling, *coupling.overrides.values())
+    ):
+        raise OptionError("share is not for flow: leave one of them out")
+    if flow.regularisation is not None and isinstance(coupling, Coupling):
+        raise OptionError("regularisation is given twice, in the flow and the coupling: give one of them")
+    if flow.regularisation is not None and regularisation is not None:
+        raise OptionError("regularisation is given twice, to fuse and to its flow: give one of them")
+
+
+def _coupling(coupling: str | Coupling, regularisation: float | None, flow: Flow | None) -> Coupling:
+    if isinstance(coupling, Coupling):
+        return coupling
+    if coupling == "hard":
+        return Coupling()
+    softness = SOFT_REGULARISATION if regularisation is None else regularisation
+    widening = coupling == "widening"
+    if flow is None:
+        return Coupling(softness, widening=widening)
+    absolute = flow.regularisation is not None
+    if flow.regularisation is not None:
+        softness = flow.regularisation
+    return Coupling(softness, absolute, flow.relaxation, widening)
