@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from fxfusion.errors import CalibrationRequiredError, OptionError
 from fxfusion.progress import Progress, silent
 from fxfusion.transport.hierarchy import Coupling
-from fxfusion.transport.options import Flow, Observe, check_policy
+from fxfusion.transport.options import Flow, Observe, check_uncalibrated
 from fxfusion.validation import check_choice
 
 FEATURES = ("activations", "weights")
@@ -134,7 +134,7 @@ class Settings:
 def _check_flow(flow: Flow, features: str, coupling: str | Coupling, regularisation: float | None) -> None:
     """Refuse settings of a flow that do not go with the other options."""
     if features == "weights":
-        check_policy(flow)
+        check_uncalibrated(flow)
     if flow.relaxation is not None and coupling not in ("soft", "widening"):
         raise OptionError('relaxation is of soft couplings: give coupling="soft"')
     if isinstance(coupling, Coupling) and any(

@@ -37,6 +37,8 @@ class CrossMoments:
     ----------
     batch, target, source : int
         Number of independent pairs of sets, and units in each set.
+    own : bool
+        Whether the target's own covariance is gathered, too.
 
     Examples
     --------
@@ -49,7 +51,7 @@ class CrossMoments:
              [1.3333, 2.6667]]], dtype=torch.float64)
     """
 
-    def __init__(self, batch: int, target: int, source: int) -> None:
+    def __init__(self, batch: int, target: int, source: int, own: bool = False) -> None:
         self.count = 0
         self.mean_target = torch.zeros(batch, target, dtype=torch.float64)
         self.mean_source = torch.zeros(batch, source, dtype=torch.float64)
@@ -57,10 +59,11 @@ class CrossMoments:
         self.square_source = torch.zeros(batch, source, dtype=torch.float64)
         self.cross = torch.zeros(batch, target, source, dtype=torch.float64)
         self.absolute_target = torch.zeros(batch, target, dtype=torch.float64)
+        self.own = torch.zeros(batch, target, target, dtype=torch.float64) if own else None
 
     def update(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Add samples: ``[batch, units, samples]`` of each parent."""
-        batch = CrossMoments(*self.cross.shape)
+        batch = CrossMoments(*self.cross.shape, self.own is not None)
         batch.count = target.shape[-1]
         batch.absolute_target = target.abs().sum(-1).double()
         mean_target, mean_source = target.mean(-1), source.mean(-1)
@@ -69,6 +72,8 @@ class CrossMoments:
         batch.square_target = target.square().sum(-1).double()
         batch.square_source = source.square().sum(-1).double()
         batch.cross = torch.matmul(target, source.mT).double()
+        if batch.own is not None:
+            batch.own = torch.matmul(target, target.mT).double()
         self.add(batch)
 
     def add(self, other: CrossMoments) -> None:
@@ -82,6 +87,8 @@ class CrossMoments:
         self.square_target += other.square_target + weight * shift_target.square()
         self.square_source += other.square_source + weight * shift_source.square()
         self.cross += other.cross + weight * shift_target.unsqueeze(-1) * shift_source.unsqueeze(-2)
+        if self.own is not None and other.own is not None:
+            self.own += other.own + weight * shift_target.unsqueeze(-1) * shift_target.unsqueeze(-2)
         self.mean_target += shift_target * (other.count / total)
         self.mean_source += shift_source * (other.count / total)
         self.absolute_target += other.absolute_target
@@ -213,6 +220,7 @@ def collect(
     progress: Progress = silent,
     places: Mapping[str, Sequence[Observation]] | None = None,
     observed: Observe | None = None,
+    own: bool = False,
 ) -> list[dict[str, list[CrossMoments]]]:
     """Stream calibration data through all parents and gather cross-moments with the target.
 
@@ -230,6 +238,8 @@ def collect(
         Where spaces are observed; by default where :func:`observations` says.
     observed : Observe, optional
         Which samples and positions count; by default all.
+    own : bool
+        Whether the target's own covariances are gathered, too.
 
     Returns
     -------
@@ -248,7 +258,7 @@ def collect(
             {
                 name: [
                     CrossMoments(
-                        shape.fixed, shape.outer * shape.size, shape.source_outer * shape.source_size
+                        shape.fixed, shape.outer * shape.size, shape.source_outer * shape.source_size, own
                     )
                     for _ in where
                 ]

@@ -15,7 +15,7 @@ from fxfusion.statistics import CrossMoments, collect
 from fxfusion.transport.carry import Carried, Streams, carry
 from fxfusion.transport.flow import Moments, flow_observations, solve_flow
 from fxfusion.transport.hierarchy import Coupling
-from fxfusion.transport.options import Flow, Heads, Observe, check_policy
+from fxfusion.transport.options import Flow, Heads, Observe, check_uncalibrated
 
 
 @dataclasses.dataclass(eq=False)
@@ -41,10 +41,10 @@ class AlignFlow(FusionPass):
     progress: Progress = silent
 
     def requires(self, graph_module: GraphModule) -> None:
-        """The parents are paired, and there are calibration data for policies that weigh activations."""
+        """The parents are paired, and there are calibration data for options that need them."""
         state_of(graph_module, "parents", "Pair")
         if self.batches is None:
-            check_policy(self.options)
+            check_uncalibrated(self.options)
 
     def call(self, graph_module: GraphModule) -> PassResult:
         """Run the pass; the graph itself stays as it is."""
@@ -92,6 +92,7 @@ class AlignFlow(FusionPass):
             self.progress,
             places,
             self.observed,
+            own=self.options.costs.components is not None,
         )
         found: list[Moments] = []
         for streamed in collected:

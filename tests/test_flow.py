@@ -260,6 +260,56 @@ def test_moments_give_the_costs_of_the_samples_themselves(
     torch.testing.assert_close(streamed, stored, rtol=1e-6, atol=1e-6 * samples)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    units=st.integers(2, 6),
+    samples=st.integers(3, 30),
+    components=st.integers(1, 8),
+    standardised=st.booleans(),
+)
+def test_components_are_those_of_the_samples(
+    seed: int, units: int, samples: int, components: int, standardised: bool
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (
+        3 + torch.randn(1, units, samples, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
+    moments = CrossMoments(1, units, units, own=True)
+    moments.update(left[..., :2], right[..., :2])
+    moments.update(left[..., 2:], right[..., 2:])
+    scaling = Scaling.STANDARDISED if standardised else Scaling.CENTRED
+    found = Comparison.of_moments(moments, scaling, components)
+    sides = [side[0] - side[0].mean(-1, keepdim=True) for side in (left, right)]
+    if standardised:
+        sides = [side / side.std(-1, keepdim=True) for side in sides]
+    directions = torch.linalg.svd(sides[0].T, full_matrices=False)[0]  # samples x components
+    leading = directions[:, : min(components, units, samples - 1)]
+    expected = Comparison.of_features(sides[0] @ leading, sides[1] @ leading, Scaling.RAW)
+    for name in ("cross", "target", "source"):
+        torch.testing.assert_close(getattr(found, name)[0], getattr(expected, name), rtol=1e-5, atol=1e-6)
+
+
+def test_components_find_a_planted_permutation() -> None:
+    args, kwargs = zoo.inputs("hf_vit")
+    model = zoo.build("hf_vit")
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(fxfusion.scramble(model, args, kwargs))
+    flow = Flow(costs=Costs(components=8))
+    result = fxfusion.fuse([twin, model], args, kwargs, calibration=[kwargs], flow=flow)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(result.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_components_need_activations() -> None:
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(CalibrationRequiredError, match="components"):
+        fxfusion.fuse([model, model], (torch.randn(2, 2),), flow=Flow(costs=Costs(components=3)))
+    with pytest.raises(OptionError, match="components=0"):
+        Costs(components=0)
+    assert Flow.parse("components=3").costs.components == 3
+
+
 def test_costs_are_those_of_their_names() -> None:
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(1, 5, 9, generator=generator, dtype=torch.float64) for _ in range(2))

@@ -76,11 +76,24 @@ class Comparison:
         return cls(torch.matmul(left, right.mT), left.square().sum(-1), right.square().sum(-1))
 
     @classmethod
-    def of_moments(cls, moments: CrossMoments, scaling: Scaling | str) -> Comparison:
+    def of_moments(
+        cls, moments: CrossMoments, scaling: Scaling | str, components: int | None = None
+    ) -> Comparison:
         """Compare activations by their moments over samples, which are the features.
 
         Standardised activations have the unbiased variance of one, as in the published code.
+
+        Parameters
+        ----------
+        moments : CrossMoments
+            With the target's own covariance if there are ``components``.
+        scaling : Scaling
+        components : int, optional
+            How many of the target's principal components over samples (of its centred activations) are the
+            features.
         """
+        if components is not None:
+            return cls._of_components(moments, Scaling(scaling), components)
         scaling = Scaling(scaling)
         cross, target, source = moments.cross, moments.square_target, moments.square_source
         if scaling in (Scaling.RAW, Scaling.UNIT):
@@ -94,6 +107,31 @@ class Comparison:
             cross = torch.where(product > 0, cross / product.clamp_min(_TINY), 0.0) * length
             target, source = (target > 0) * length, (source > 0) * length
         return cls(cross, target, source)
+
+    @classmethod
+    def _of_components(cls, moments: CrossMoments, scaling: Scaling, count: int) -> Comparison:
+        """Project centred activations X (target) and Y onto the leading left singular vectors of X.
+
+        With ``X = U S V'`` (samples x units) the projections are ``U' X = S V'`` and, for the source,
+        ``U' Y = S^-1 V' X' Y``: second moments are all that is needed.
+        """
+        assert moments.own is not None
+        own, cross = moments.own, moments.cross
+        if scaling is Scaling.STANDARDISED:
+            length = max(moments.count - 1.0, 1.0)
+            left, right = (
+                (length**0.5 / square.sqrt().clamp_min(_TINY)).where(square > 0, torch.zeros_like(square))
+                for square in (moments.square_target, moments.square_source)
+            )
+            own = own * left.unsqueeze(-1) * left.unsqueeze(-2)
+            cross = cross * left.unsqueeze(-1) * right.unsqueeze(-2)
+        values, vectors = torch.linalg.eigh(own)  # ascending
+        values, vectors = values[..., -count:], vectors[..., -count:]
+        known = values > 1e-12 * values[..., -1:].clamp_min(_TINY)  # directions in which anything varies
+        roots = values.clamp_min(_TINY).sqrt()
+        target = torch.where(known.unsqueeze(-1), roots.unsqueeze(-1) * vectors.mT, 0.0)
+        source = torch.where(known.unsqueeze(-1), torch.matmul(vectors.mT, cross) / roots.unsqueeze(-1), 0.0)
+        return cls(torch.matmul(target.mT, source), target.square().sum(-2), source.square().sum(-2))
 
 
 def _scaled(features: torch.Tensor, scaling: Scaling) -> torch.Tensor:

@@ -374,7 +374,7 @@ class _FlowSolver:
         nodes = dict.fromkeys(writer.node for writer in solve.writers)
         scaling = forced or self.options.costs.activations
         found: list[Comparison] = [
-            Comparison.of_moments(item, scaling)
+            Comparison.of_moments(item, scaling, self.options.costs.components)
             for node in nodes
             for item in self.moments.get((node, space), ())
         ]

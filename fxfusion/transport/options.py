@@ -154,11 +154,14 @@ class Costs:
         Smallest and largest cost, after normalisation.
     bias : bool
         Whether biases are features, too, where weights are compared.
+    components : int, optional
+        Compare activations by this many principal components only: those directions over the (centred)
+        samples along which the target's units vary most.
 
     Raises
     ------
     OptionError
-        If a value is none of the choices.
+        If a value is none of the choices, or there are no components.
 
     Examples
     --------
@@ -172,6 +175,7 @@ class Costs:
     normalisation: Normalisation | str = Normalisation.MEAN
     clip: tuple[float, float] | None = None
     bias: bool = False
+    components: int | None = None
 
     def __post_init__(self) -> None:
         _choose(self, "metric", Metric)
@@ -180,6 +184,8 @@ class Costs:
         _choose(self, "normalisation", Normalisation)
         if self.clip is not None and not self.clip[0] <= self.clip[1]:
             raise OptionError(f"clip={self.clip!r}: give the smallest and the largest cost")
+        if self.components is not None and self.components < 1:
+            raise OptionError(f"components={self.components!r}: give a number above 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -331,11 +337,14 @@ class Flow:
             for name in ("regularisation", "relaxation"):
                 if name in given:
                     given[name] = float(given[name])
+            if "components" in given:
+                given["components"] = int(given["components"])
             if "bias" in given:
                 given["bias"] = {"true": True, "false": False}[given["bias"]]
         except (ValueError, KeyError) as error:
             raise OptionError(
-                f"regularisation and relaxation take a number, bias true or false: {text!r}"
+                "regularisation and relaxation take a number, components a whole one, bias true or false: "
+                f"{text!r}"
             ) from error
         return cls(
             costs=Costs(**{name: value for name, value in given.items() if name in costs}),
@@ -343,8 +352,8 @@ class Flow:
         )
 
 
-def check_policy(options: Flow) -> None:
-    """Refuse a policy that weighs activations where there are none.
+def check_uncalibrated(options: Flow) -> None:
+    """Refuse what needs activations where there are none.
 
     Raises
     ------
@@ -354,4 +363,8 @@ def check_policy(options: Flow) -> None:
         policy = Residual(options.residual).value
         raise CalibrationRequiredError(
             f"residual={policy!r} weighs activations: give calibration data, or another policy"
+        )
+    if options.costs.components is not None:
+        raise CalibrationRequiredError(
+            "components are of activations: give calibration data, or leave them out"
         )
