@@ -77,9 +77,27 @@ InvalidWeightError
             same = equal and not widths_differ([states[target], states[index]])
             _check_structure(models[target], model, target, index, same)
             _check_ties(models[target], model, target, index)
+    bounds = _bounds(models[target], states)
     for index, (model, state) in enumerate(zip(models, states, strict=True)):
-        check_finite(model_name(model, index), state)
+        check_finite(model_name(model, index), {name: state[name] for name in state if name not in bounds})
     return states
+
+
+def _bounds(model: Model, states: Sequence[Mapping[str, torch.Tensor]]) -> set[str]:
+    """Return the buffers with infinite values that all parents have alike: limits that do not bind."""
+    if isinstance(model, ExportedProgram):
+        buffers = set(model.graph_signature.buffers)
+    else:
+        buffers = {name for name, _ in model.named_buffers()}
+    return {
+        name
+        for name, tensor in states[0].items()
+        if name in buffers
+        and not tensor.is_meta
+        and tensor.is_floating_point()
+        and bool(tensor.isinf().any())
+        and all(torch.equal(tensor, state[name]) for state in states)
+    }
 
 
 def check_models(models: Sequence[Model], target: int) -> None:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import fxfusion
 from fxfusion import FusionResult
 from fxfusion.capture import tied_groups
+from fxfusion.errors import InvalidWeightError
 from fxfusion.symmetry import act, complete, random_maps
 from tests import zoo
 
@@ -511,3 +512,29 @@ def test_identical_parents_keep_their_statistics_exactly() -> None:
     result = fxfusion.fuse([model, copy.deepcopy(model)], (batches[0],), calibration=batches, coupling="hard")
     for key, tensor in result.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[key]), key
+
+
+class Clipped(nn.Module):
+    """A layer whose input is kept between limits that need not bind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.least: torch.Tensor
+        self.register_buffer("least", torch.tensor(-torch.inf))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Clip and compute."""
+        hidden: torch.Tensor = self.first(x).clamp(min=self.least)
+        return self.second(hidden.relu())
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 0.0]])
+def test_limits_that_do_not_bind_stay_infinite(weights: list[float] | None) -> None:
+    parents = [Clipped(), Clipped()]
+    result = fxfusion.fuse(parents, (torch.randn(4, 4),), weights=weights)
+    assert float(result.state_dict()["least"]) == -torch.inf
+    assert result.module(torch.randn(3, 4)).isfinite().all()
+    parents[0].least = torch.tensor(0.0)
+    with pytest.raises(InvalidWeightError, match="least"):
+        fxfusion.fuse(parents, (torch.randn(4, 4),))
