@@ -12,6 +12,7 @@ from fxfusion.testing.catalogue.entry import Entry, Inputs, select
 
 LARGEST_IMAGE = 512  # pixels a side; above, models that take images of any size
 SMALL_IMAGE = 224  # get these: what they permute is the same, and float64 on 2,304 tokens takes an hour
+PROBE = 10  # classes of a linear probe: the output of an encoder alone would fix what it is made of
 SMALLEST = {
     "beit": "beit_base_patch16_224",
     "byoanet": "halonet_h1",
@@ -145,7 +146,10 @@ def _build(name: str) -> nn.Module:
     import timm
 
     model: nn.Module = timm.create_model(name, pretrained=False)
-    return model
+    if getattr(model, "num_classes", 1):
+        return model
+    probed: nn.Module = timm.create_model(name, pretrained=False, num_classes=PROBE)
+    return probed
 
 
 def _inputs(model: nn.Module) -> Inputs:
