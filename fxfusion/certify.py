@@ -11,6 +11,7 @@ import torch.utils._pytree as pytree
 
 from fxfusion.capture import Capture
 from fxfusion.execution import Program
+from fxfusion.folding import fold_norms
 from fxfusion.plan import Plan
 from fxfusion.symmetry import act, random_maps
 
@@ -76,7 +77,7 @@ def certify_plan(
     Certificate
     """
     generator = torch.Generator().manual_seed(seed)
-    twin = act(plan, random_maps(plan, generator), state)
+    twin = act(plan, random_maps(plan, generator), _turnable(plan, state))
     program = Program(capture, double=True)
     example = first_samples(capture, samples)
     inputs = example, randomise(example, generator)
@@ -94,6 +95,17 @@ def certify_plan(
     total = sum(state[name].numel() for name in plan.layouts)
     differing = sum(int((state[name] != twin[name]).sum()) for name in plan.layouts)
     return Certificate(worst <= TOLERANCE, worst, differing / total if total else 0.0, rounding=rounding)
+
+
+def _turnable(plan: Plan, state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """Return weights on which rotations may act: their norms folded, widened since rotations round."""
+    if not plan.rotates:
+        return state
+    wide = {
+        name: tensor.detach().double() if tensor.is_floating_point() else tensor
+        for name, tensor in state.items()
+    }
+    return fold_norms(plan, wide)
 
 
 def _rounded(state: Mapping[str, torch.Tensor], generator: torch.Generator) -> dict[str, torch.Tensor]:

@@ -73,6 +73,13 @@ class Coupling(enum.StrEnum):
     widening = "widening"
 
 
+class Symmetry(enum.StrEnum):
+    """What may act on a space."""
+
+    permutation = "permutation"
+    largest = "largest"
+
+
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model reference, see below.")]
 InputOption = Annotated[
     list[str] | None,
@@ -251,6 +258,10 @@ def fuse(
         Coupling | None,
         typer.Option("--coupling", help="One-to-one, spread, or spread only where a parent is narrower."),
     ] = None,
+    symmetry: Annotated[
+        Symmetry | None,
+        typer.Option("--symmetry", help="Permutations only, or rotations of a space where it may turn."),
+    ] = None,
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -324,7 +335,7 @@ def fuse(
             target=target,
             seed=seed,
             progress=progress,
-            **{**_chosen(features=features, coupling=coupling), **solver},
+            **{**_chosen(features=features, coupling=coupling, symmetry=symmetry), **solver},
             **_outputs_option(outputs),
         )
     report = _write(resolved[target], result, output)

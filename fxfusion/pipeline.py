@@ -22,6 +22,7 @@ from fxfusion.passes.align import Align
 from fxfusion.passes.align_flow import AlignFlow
 from fxfusion.passes.apply_transports import ApplyTransports
 from fxfusion.passes.base import FusionPass
+from fxfusion.passes.fold_norms import FoldNorms
 from fxfusion.passes.merge import Merge, write
 from fxfusion.passes.normalize import Normalize
 from fxfusion.passes.pair import Pair
@@ -258,6 +259,7 @@ def fuse(
     rounds: int = 0,
     layers: str = "keep",
     observe: Observe | None = None,
+    symmetry: str = "permutation",
     into: torch.nn.Module | None = None,
     progress: Progress | None = None,
 ) -> FusionResult:
@@ -304,6 +306,9 @@ def fuse(
         are, or dropped, so that the result is as shallow as that.
     observe : Observe, optional
         Which calibration activations count: class tokens, a window, a random share, confident samples.
+    symmetry : {"permutation", "largest"}
+        What may act on a space: permutations, or whatever leaves the function unchanged. Residual streams and
+        the dimensions of heads may often turn as a whole, once norm weights are in what reads the stream.
     into : torch.nn.Module, optional
         A network of the widths that the result shall have, where no parent has them: its weights do not
         count, and ``target`` is not needed. Its units are found in turns with the alignments (a free-support
@@ -348,6 +353,7 @@ def fuse(
         rounds=rounds,
         layers=layers,
         observed=observe,
+        symmetry=symmetry,
         template=into is not None,
         target=target,
         seed=seed,
@@ -448,6 +454,8 @@ def _fuse(
         for captured in (module, *others.values()):
             _run([Normalize(), Propagate(settings.outputs)], captured)
         module = _run([Pair(states, target, others)], module)
+        if settings.symmetry == "largest":
+            module = _run([FoldNorms()], module)
     with clock.measure("certify"):
         certificates = _certify_all(state, models, settings.seed, show)
     seen = batches if settings.features == "activations" else None

@@ -18,6 +18,15 @@ class Symmetry(enum.Enum):
 
     FIXED = "fixed"
     PERMUTATION = "permutation"
+    CENTRED = "orthogonal, mean fixed"
+    """Rotations and reflections that leave alone the mean of the units."""
+    ORTHOGONAL = "orthogonal"
+    """All rotations and reflections."""
+
+    @property
+    def rotates(self) -> bool:
+        """Whether the group holds more than permutations."""
+        return self in (Symmetry.CENTRED, Symmetry.ORTHOGONAL)
 
 
 class Role(enum.Enum):
@@ -82,6 +91,28 @@ class Space:
     symmetry: Symmetry
     incidences: tuple[Incidence, ...]
     scope: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Fold:
+    """A norm whose weight can go into what reads the normalised tensor.
+
+    Attributes
+    ----------
+    weight : str
+        The norm's weight, which becomes one.
+    bias : str or None
+        Its bias, which is divided by the weight.
+    readers : tuple of (str, int)
+        Parameters that are multiplied by the weight, and the axis along which.
+    space : str
+        Name of the normalised space.
+    """
+
+    weight: str
+    bias: str | None
+    readers: tuple[tuple[str, int], ...]
+    space: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +190,8 @@ class Plan:
         What :meth:`explain` and :attr:`frozen` are made of.
     products : frozenset of str
         The spaces over which products of two activations are summed: dimensions of queries and keys.
+    folds : tuple of Fold
+        Norms whose weights must be folded before a space may turn (:mod:`fxfusion.folding`).
     """
 
     spaces: tuple[Space, ...]
@@ -170,6 +203,12 @@ class Plan:
     activations: dict[str, list[ActivationBlock]] = dataclasses.field(repr=False)
     evidence: Evidence = dataclasses.field(default_factory=Evidence, repr=False)
     products: frozenset[str] = frozenset()
+    folds: tuple[Fold, ...] = ()
+
+    @property
+    def rotates(self) -> bool:
+        """Whether more than permutations may act on some space."""
+        return any(space.symmetry.rotates for space in self.spaces)
 
     @property
     def source(self) -> Plan:

@@ -15,6 +15,7 @@ from fxfusion.validation import check_choice
 FEATURES = ("activations", "weights")
 COUPLINGS = ("hard", "soft", "widening")
 LAYERS = ("keep", "drop")
+SYMMETRIES = ("permutation", "largest")
 SOFT_REGULARISATION = 0.005
 
 
@@ -32,6 +33,7 @@ class Settings:
     rounds : int
     layers : {"keep", "drop"}
     observed : Observe
+    symmetry : {"permutation", "largest"}
     template : bool
         Whether the target is a network of a third width, whose weights do not count.
     seed : int
@@ -46,6 +48,7 @@ class Settings:
     rounds: int
     layers: str
     observed: Observe
+    symmetry: str
     template: bool
     seed: int
     outputs: Sequence[str] | None
@@ -63,6 +66,7 @@ class Settings:
         rounds: int,
         layers: str,
         observed: Observe | None,
+        symmetry: str,
         template: bool,
         target: int,
         seed: int,
@@ -85,6 +89,9 @@ class Settings:
         elif regularisation is not None:
             raise OptionError("regularisation is given twice, to fuse and in its coupling: give one of them")
         check_choice("layers", layers, LAYERS)
+        check_choice("symmetry", symmetry, SYMMETRIES)
+        if symmetry != "permutation" and (flow is not None or template):
+            raise OptionError(f"symmetry={symmetry!r} goes without flow and into")
         if features == "activations" and not calibrated:
             raise CalibrationRequiredError(
                 'features="activations" needs calibration data: give calibration=batches, or '
@@ -108,6 +115,7 @@ class Settings:
             rounds=rounds,
             layers=layers,
             observed=observed or Observe(),
+            symmetry=symmetry,
             template=template,
             seed=seed,
             outputs=outputs,
@@ -122,6 +130,8 @@ class Settings:
             "target": str(target),
             "seed": str(self.seed),
         }
+        if self.symmetry != "permutation":
+            found["symmetry"] = self.symmetry
         if self.flow is not None:
             found["flow"] = repr(self.flow)
         if self.coupling.regularisation is not None:

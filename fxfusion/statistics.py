@@ -63,7 +63,8 @@ class CrossMoments:
 
     def update(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Add samples: ``[batch, units, samples]`` of each parent."""
-        batch = CrossMoments(*self.cross.shape, self.own is not None)
+        count, left, right = self.cross.shape
+        batch = CrossMoments(count, left, right, self.own is not None)
         batch.count = target.shape[-1]
         batch.absolute_target = target.abs().sum(-1).double()
         mean_target, mean_source = target.mean(-1), source.mean(-1)

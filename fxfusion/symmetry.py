@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 
 from fxfusion.capture import Capture
-from fxfusion.plan import Plan, Role, Space
+from fxfusion.plan import Plan, Role, Space, Symmetry
 from fxfusion.transport.map import HardMap, Map, Maps, SoftMap, transport_tensor
+from fxfusion.transport.rotation import random_rotation
 
 
 def random_maps(plan: Plan, generator: torch.Generator) -> dict[str, Map]:
@@ -21,10 +23,26 @@ def random_maps(plan: Plan, generator: torch.Generator) -> dict[str, Map]:
 
     Returns
     -------
-    dict of str to HardMap
-        One permutation per space and, below outer spaces, per unit of those.
+    dict of str to HardMap or SoftMap
+        One permutation or rotation per space and, below outer spaces, per unit of those.
     """
-    return {space.name: _random_permutations(plan, space, generator) for space in plan.spaces}
+    return {
+        space.name: (
+            _random_rotations(plan, space, generator)
+            if space.symmetry.rotates
+            else _random_permutations(plan, space, generator)
+        )
+        for space in plan.spaces
+    }
+
+
+def _random_rotations(plan: Plan, space: Space, generator: torch.Generator) -> SoftMap:
+    outer = [plan.scope_size(name) for name in space.scope]
+    drawn = random_rotation(space.size, generator, space.symmetry is Symmetry.CENTRED, math.prod(outer))
+    turned = drawn.reshape(*outer, space.size, space.size)
+    for axis in range(len(outer)):  # no outer unit goes to another
+        turned = torch.diag_embed(turned.movedim(2 * axis, -1)).movedim((-2, -1), (2 * axis, 2 * axis + 1))
+    return SoftMap(space.scope, turned, turned)
 
 
 def _random_permutations(plan: Plan, space: Space, generator: torch.Generator) -> HardMap:

@@ -18,7 +18,17 @@ from fxfusion.axes import Axis, Leaf, concatenation, product
 from fxfusion.layout import ParameterLayout, lay_out
 from fxfusion.plan import Plan, Space, Symmetry
 from fxfusion.transport.assignment import assign
-from fxfusion.transport.hierarchy import Coupling, Shape, Tree, costs_of, identity, solve_tree, to_maps, trees
+from fxfusion.transport.hierarchy import (
+    Coupling,
+    Ground,
+    Shape,
+    Tree,
+    costs_of,
+    identity,
+    solve_tree,
+    to_maps,
+    trees,
+)
 from fxfusion.transport.map import HardMap, SoftMap, transport_tensor
 from fxfusion.transport.sinkhorn import sinkhorn
 
@@ -129,6 +139,11 @@ def nested(sizes: Mapping[str, tuple[int, tuple[str, ...]]], fixed: tuple[str, .
     )
 
 
+def grounds(costs: Mapping[str, torch.Tensor]) -> dict[str, Ground]:
+    """Return costs as ground costs without offset."""
+    return {name: Ground(cost) for name, cost in costs.items()}
+
+
 def random_costs(plan: Plan, tree: Tree, seed: int) -> dict[str, torch.Tensor]:
     return {
         space.name: random(*Shape.of(plan, space).cost, seed=seed + number)
@@ -165,8 +180,8 @@ def test_two_levels_are_solved_exactly(heads: int, size: int) -> None:
     for seed in range(3):
         costs = random_costs(plan, tree, seed)
         best = min(cost_of(costs, outer, {"units": units}) for outer, units in two_level(heads, size))
-        solved = solve_tree(plan, tree, costs, Coupling())
-        assert costs_of(plan, tree, costs, solved)["heads"] == pytest.approx(best)
+        solved = solve_tree(plan, tree, grounds(costs), Coupling())
+        assert costs_of(plan, tree, grounds(costs), solved)["heads"] == pytest.approx(best)
         maps = to_maps(plan, tree, solved)
         outer, units = maps["heads"], maps["units"]
         assert isinstance(outer, HardMap)
@@ -186,7 +201,7 @@ def test_two_spaces_below_heads_are_solved_exactly() -> None:
         for same, v in two_level(2, 3)
         if same == outer
     )
-    found = costs_of(plan, tree, costs, solve_tree(plan, tree, costs, Coupling()))
+    found = costs_of(plan, tree, grounds(costs), solve_tree(plan, tree, grounds(costs), Coupling()))
     assert found["heads"] == pytest.approx(best)
 
 
@@ -212,8 +227,8 @@ def test_three_levels_are_solved_exactly() -> None:
         for b in itertools.product(swaps, repeat=2)
         for c in itertools.product(swaps, repeat=4)
     )
-    solved = solve_tree(plan, tree, costs, Coupling())
-    assert costs_of(plan, tree, costs, solved)["a"] == pytest.approx(best)
+    solved = solve_tree(plan, tree, grounds(costs), Coupling())
+    assert costs_of(plan, tree, grounds(costs), solved)["a"] == pytest.approx(best)
     maps = to_maps(plan, tree, solved)
     index = {name: item.index for name, item in maps.items() if isinstance(item, HardMap)}
     a, b, c = (index[name] for name in "abc")
@@ -226,7 +241,7 @@ def test_units_of_a_fixed_outer_space_are_solved_one_by_one() -> None:
     plan = nested({"experts": (3, ()), "units": (4, ("experts",))}, fixed=("experts",))
     (tree,) = trees(plan)
     costs = random_costs(plan, tree, 13)
-    maps = to_maps(plan, tree, solve_tree(plan, tree, costs, Coupling()))
+    maps = to_maps(plan, tree, solve_tree(plan, tree, grounds(costs), Coupling()))
     units = maps["units"]
     assert isinstance(units, HardMap)
     assert torch.equal(units.index, assign(costs["units"][:, 0, 0])[0])
@@ -250,8 +265,8 @@ def test_a_fixed_space_above_the_inner_one_only_is_summed_out() -> None:
         )
         for outer in itertools.permutations(range(2))
     )
-    solved = solve_tree(plan, tree, costs, Coupling())
-    assert costs_of(plan, tree, costs, solved)["heads"] == pytest.approx(best)
+    solved = solve_tree(plan, tree, grounds(costs), Coupling())
+    assert costs_of(plan, tree, grounds(costs), solved)["heads"] == pytest.approx(best)
     heads, units = (to_maps(plan, tree, solved)[name] for name in ("heads", "units"))
     assert isinstance(heads, HardMap)
     assert isinstance(units, HardMap)
@@ -266,7 +281,7 @@ def test_a_fixed_space_above_the_inner_one_only_is_summed_out() -> None:
         for t, s in enumerate(heads.index.tolist())
     )
     assert found == pytest.approx(best)
-    soft_units = to_maps(plan, tree, solve_tree(plan, tree, costs, Coupling(0.005)))["units"]
+    soft_units = to_maps(plan, tree, solve_tree(plan, tree, grounds(costs), Coupling(0.005)))["units"]
     assert isinstance(soft_units, SoftMap)
     assert soft_units.write.shape == (2, 2, 2, 2, 3, 3)
     assert (soft_units.write[0, 1] == 0).all()
@@ -279,7 +294,7 @@ def test_cost_of_the_identity_is_the_diagonal() -> None:
     plan = nested({"heads": (3, ()), "units": (4, ("heads",))})
     (tree,) = trees(plan)
     costs = random_costs(plan, tree, 17)
-    found = costs_of(plan, tree, costs, identity(plan, tree))
+    found = costs_of(plan, tree, grounds(costs), identity(plan, tree))
     heads = tuple(range(3))
     expected = cost_of(costs, heads, {"units": (tuple(range(4)),) * 3})
     assert found["heads"] == pytest.approx(expected)
@@ -290,8 +305,8 @@ def test_a_nearly_hard_soft_solution_costs_what_the_hard_one_does() -> None:
     plan = nested({"heads": (3, ()), "units": (3, ("heads",))})
     (tree,) = trees(plan)
     costs = random_costs(plan, tree, 19)
-    hard, soft = (solve_tree(plan, tree, costs, Coupling(item)) for item in (None, 0.005))
-    expected, found = (costs_of(plan, tree, costs, item) for item in (hard, soft))
+    hard, soft = (solve_tree(plan, tree, grounds(costs), Coupling(item)) for item in (None, 0.005))
+    expected, found = (costs_of(plan, tree, grounds(costs), item) for item in (hard, soft))
     assert found["heads"] == pytest.approx(expected["heads"], rel=1e-2)
     one, other = to_maps(plan, tree, hard)["units"], to_maps(plan, tree, soft)["units"]
     assert isinstance(one, HardMap)

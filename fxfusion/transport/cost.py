@@ -22,13 +22,13 @@ from fxfusion.layout import Block
 from fxfusion.plan import Plan, Space
 from fxfusion.statistics import CrossMoments
 from fxfusion.symmetry import reading_axes
-from fxfusion.transport.hierarchy import Shape, Solution, Tree, pairs
+from fxfusion.transport.hierarchy import Ground, Shape, Solution, Tree, pairs
 from fxfusion.transport.map import Maps, innermost, scope_dimensions, transport_block
 
 State = Mapping[str, torch.Tensor]
 
 
-def activation_cost(plan: Plan, space: Space, moments: Sequence[CrossMoments]) -> torch.Tensor:
+def activation_cost(plan: Plan, space: Space, moments: Sequence[CrossMoments]) -> Ground:
     """Return the cost of a space from calibration moments.
 
     Parameters
@@ -40,14 +40,36 @@ def activation_cost(plan: Plan, space: Space, moments: Sequence[CrossMoments]) -
 
     Returns
     -------
-    torch.Tensor
-        float64, of shape :attr:`fxfusion.transport.hierarchy.Shape.cost`.
+    Ground
+        Where units may turn, of covariances in place of correlations: single units have no scale there.
     """
     shape = Shape.of(plan, space)
-    total = torch.zeros(shape.cost, dtype=torch.float64)
+    total = Ground.zeros(shape)
     for item in moments:
-        total += pairs(1.0 - item.correlation, shape)
-    return total / max(len(moments), 1)
+        total += (
+            _turning_cost(item, shape)
+            if space.symmetry.rotates
+            else Ground(pairs(1.0 - item.correlation, shape))
+        )
+    return total * (1.0 / max(len(moments), 1))
+
+
+def _turning_cost(moments: CrossMoments, shape: Shape) -> Ground:
+    """Half the squared distance of two sets of units, at a mean square of one per unit."""
+    sides = [
+        square.reshape(shape.fixed, outer, -1).sum(-1)
+        for square, outer in (
+            (moments.square_target, shape.outer),
+            (moments.square_source, shape.source_outer),
+        )
+    ]
+    scales = [
+        (side.mean(-1, keepdim=True) / shape.size).clamp_min(torch.finfo(side.dtype).tiny) for side in sides
+    ]
+    scale = (scales[0] * scales[1]).sqrt().unsqueeze(-1)
+    matrix = -pairs(moments.cross, shape) / scale[..., None, None]
+    lengths = [side / norm for side, norm in zip(sides, scales, strict=True)]
+    return Ground(matrix, 0.5 * (lengths[0].unsqueeze(-1) + lengths[1].unsqueeze(-2)))
 
 
 @dataclasses.dataclass(eq=False)
@@ -111,7 +133,7 @@ class WeightCost:
         maps: Maps,
         solutions: Mapping[str, Solution],
         partial: bool = False,
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[str, Ground]:
         """Return the cost of every space of a tree.
 
         Parameters
@@ -127,11 +149,11 @@ class WeightCost:
 
         Returns
         -------
-        dict of str to torch.Tensor
-            float64, of shape :attr:`fxfusion.transport.hierarchy.Shape.cost`.
+        dict of str to Ground
         """
         shapes = {space.name: Shape.of(self.plan, space) for space in tree.members}
-        total = {name: torch.zeros(shape.cost, dtype=torch.float64) for name, shape in shapes.items()}
+        total = {name: Ground.zeros(shape) for name, shape in shapes.items()}
+        turning = {space.name for space in tree.members if space.symmetry.rotates}
         skip = partial and self.anchored(tree, frozenset(maps)) > 0
         for name in self.parameters(tree):
             left, right = self._standardised(0, name), self._standardised(1, name)
@@ -146,7 +168,7 @@ class WeightCost:
                 )
                 for space, dimension, scope in innermost(block, self._scopes):
                     if space in tree.names:
-                        place = _Place(block, dimension, scope, shapes[space])
+                        place = _Place(block, dimension, scope, shapes[space], space in turning)
                         views = block.view(left), carried
                         total[space] += self._distance(place, tree, *views, maps, solutions)
         scale = 0.5 / self._features(tree, shapes)
@@ -181,7 +203,7 @@ class WeightCost:
         right: torch.Tensor,
         maps: Maps,
         solutions: Mapping[str, Solution],
-    ) -> torch.Tensor:
+    ) -> Ground:
         siblings, unknown = [], []
         for dimension, factor in enumerate(place.block.factors):
             if dimension in place.leading or factor.space not in self._scopes:
@@ -218,7 +240,7 @@ class WeightCost:
         siblings: Sequence[tuple[int, str]],
         unknown: Sequence[int],
         solutions: Mapping[str, Solution],
-    ) -> torch.Tensor:
+    ) -> Ground:
         """Distance beside other spaces of the tree, whose map differs with the pair of outer units."""
         rows = []
         for unit in range(place.shape.outer):
@@ -228,7 +250,9 @@ class WeightCost:
                 moved = _apply_row(moved, dimension, scope, solutions[space], unit)
             chosen = place.row(left, unit)
             rows.append(place.distance(chosen, moved, unknown, rows=1))
-        return torch.cat(rows, dim=1)
+        offsets = [row.offset for row in rows]
+        known = [item for item in offsets if isinstance(item, torch.Tensor)]
+        return Ground(torch.cat([row.matrix for row in rows], 1), torch.cat(known, 1) if known else 0.0)
 
 
 def _apply_row(
@@ -246,7 +270,8 @@ def _apply_row(
         for place, size in zip([*scope, dimension], row.shape, strict=True):
             shape[place] = size
         return torch.take_along_dim(view, row.permute(order).reshape(shape), dimension)
-    row = row / row.sum(-1, keepdim=True)
+    if not solution.rotation:
+        row = row / row.sum(-1, keepdim=True)
     labels = list(range(view.ndim))
     result = [view.ndim if place == dimension else place for place in labels]
     return torch.einsum(view, labels, row.to(view.dtype), [*scope, view.ndim, dimension], result)
@@ -260,6 +285,7 @@ class _Place:
     dimension: int
     scope: Sequence[int]
     shape: Shape
+    turning: bool = False  # whether its units may turn: inner products and lengths are told apart
 
     @property
     def leading(self) -> list[int]:
@@ -279,7 +305,7 @@ class _Place:
 
     def distance(
         self, left: torch.Tensor, right: torch.Tensor, unknown: Sequence[int], rows: int | None = None
-    ) -> torch.Tensor:
+    ) -> Ground:
         """Squared distances ``[fixed, target outer, source outer, n, n]``."""
         shape = self.shape
         a = self._features(left, unknown, rows or shape.outer, shape.size)
@@ -288,9 +314,12 @@ class _Place:
             b = _resampled(b, a.shape[-1], math.prod(right.shape[axis] for axis in unknown))
         cross = torch.matmul(a.flatten(1, 2), b.flatten(1, 2).mT)
         cross = pairs(cross, dataclasses.replace(shape, outer=a.shape[1]))
-        norms_a = a.square().sum(-1)[:, :, None, :, None]
-        norms_b = b.square().sum(-1)[:, None, :, None, :]
-        return (norms_a + norms_b - 2.0 * cross).double()
+        norms_a, norms_b = a.square().sum(-1), b.square().sum(-1)
+        if self.turning:
+            lengths = norms_a.sum(-1)[:, :, None] + norms_b.sum(-1)[:, None, :]
+            return Ground(-2.0 * cross.double(), lengths.double())
+        norms = norms_a[:, :, None, :, None] + norms_b[:, None, :, None, :]
+        return Ground((norms - 2.0 * cross).double())
 
     def _features(self, view: torch.Tensor, unknown: Sequence[int], outer: int, size: int) -> torch.Tensor:
         """Return ``[fixed, outer, n, features]``, values along unknown axes sorted."""

@@ -30,6 +30,7 @@ from fxfusion.transport.compare import Comparison, compare, ground_cost
 from fxfusion.transport.cost import State, resample
 from fxfusion.transport.hierarchy import (
     Coupling,
+    Ground,
     Shape,
     Tree,
     costs_of,
@@ -326,9 +327,7 @@ class _FlowSolver:
             if masses and space.name not in masses:
                 alike = torch.ones(shape.fixed, shape.outer * shape.size, dtype=torch.float64)
                 weighed[space.name] = alike, alike
-            shaped[space.name] = (
-                torch.zeros(shape.cost, dtype=torch.float64) if cost is None else pairs(cost, shape)
-            )
+            shaped[space.name] = Ground.zeros(shape) if cost is None else Ground(pairs(cost, shape))
         solved = solve_tree(self.plan, tree, shaped, self.coupling.of(tree.root.name), weighed)
         self._count(costs_of(self.plan, tree, shaped, identity(self.plan, tree)), self.before)
         self._count(costs_of(self.plan, tree, shaped, solved), self.after)

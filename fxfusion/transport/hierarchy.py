@@ -15,9 +15,10 @@ from fnmatch import fnmatchcase
 import torch
 
 from fxfusion.errors import OptionError
-from fxfusion.plan import Plan, Space
+from fxfusion.plan import Plan, Space, Symmetry
 from fxfusion.transport.assignment import Masses, assign, assign_groups, emd, partial
 from fxfusion.transport.map import HardMap, Map, SoftMap, in_order
+from fxfusion.transport.rotation import procrustes
 from fxfusion.transport.sinkhorn import sinkhorn
 
 
@@ -172,6 +173,37 @@ class Shape:
         return self.fixed, self.outer, self.source_outer, self.size, self.source_size
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ground:
+    """The ground cost of a space.
+
+    Attributes
+    ----------
+    matrix : torch.Tensor
+        float64, of shape :attr:`Shape.cost`; its inner product with a transport, of rows that sum to one, is
+        what that costs.
+    offset : torch.Tensor or float
+        ``[fixed, target outer, source outer]``: what any transport costs besides. Where units may turn, the
+        lengths of their features are here, and the matrix is of inner products alone.
+    """
+
+    matrix: torch.Tensor
+    offset: torch.Tensor | float = 0.0
+
+    def __add__(self, other: Ground) -> Ground:
+        """Return the cost by both kinds of evidence."""
+        return Ground(self.matrix + other.matrix, self.offset + other.offset)
+
+    def __mul__(self, factor: float) -> Ground:
+        """Return the cost in other units."""
+        return Ground(self.matrix * factor, self.offset * factor)
+
+    @classmethod
+    def zeros(cls, shape: Shape) -> Ground:
+        """Return the cost without evidence."""
+        return cls(torch.zeros(shape.cost, dtype=torch.float64))
+
+
 @dataclasses.dataclass(eq=False)
 class Solution:
     """A solved space: its plan for every pair of outer units.
@@ -186,12 +218,15 @@ class Solution:
         ``[fixed, target outer, source outer]``: the optimal cost of each pair.
     partial : bool
         Whether some mass stays where it is.
+    rotation : bool
+        Whether the plan is an orthogonal map.
     """
 
     index: torch.Tensor | None
     plan: torch.Tensor | None
     values: torch.Tensor
     partial: bool = False
+    rotation: bool = False
 
     def widened(self, size: int) -> Solution:
         """Return the solution with a plan in place of an index into ``size`` source units."""
@@ -203,7 +238,7 @@ class Solution:
 def solve_tree(
     plan: Plan,
     tree: Tree,
-    costs: Mapping[str, torch.Tensor],
+    costs: Mapping[str, Ground],
     coupling: Coupling,
     masses: Mapping[str, Masses] | None = None,
 ) -> dict[str, Solution]:
@@ -213,8 +248,8 @@ def solve_tree(
     ----------
     plan : Plan
     tree : Tree
-    costs : mapping of str to torch.Tensor
-        Per space, of shape :attr:`Shape.cost`.
+    costs : mapping of str to Ground
+        Per space.
     coupling : Coupling
     masses : mapping of str to tuple of torch.Tensor, optional
         Per space, of the target's and the source's units, ``[fixed, outer * units]``; uniform by default.
@@ -227,13 +262,17 @@ def solve_tree(
     for space in reversed(tree.members):
         shape = Shape.of(plan, space)
         cost = with_children(plan, tree, space, costs[space.name], solved)
-        flat = cost.reshape(-1, shape.size, shape.source_size)
+        if space.symmetry.rotates:
+            turned, gained = procrustes(-cost.matrix, space.symmetry is Symmetry.CENTRED)
+            solved[space.name] = Solution(None, turned, cost.offset - gained, rotation=True)
+            continue
+        flat = cost.matrix.reshape(-1, shape.size, shape.source_size)
         given = (masses or {}).get(space.name)
         index, plans, values = coupling.solve(flat, None if given is None else _paired(given, shape))
         solved[space.name] = Solution(
             None if index is None else index.reshape(shape.cost[:4]),
             None if plans is None else plans.reshape(shape.cost),
-            values.reshape(shape.cost[:3]),
+            values.reshape(shape.cost[:3]) + cost.offset,
             coupling.share < 1,
         )
     if any(solution.index is None for solution in solved.values()):  # then none of the tree is one-to-one
@@ -242,14 +281,14 @@ def solve_tree(
 
 
 def with_children(
-    plan: Plan, tree: Tree, space: Space, cost: torch.Tensor, solved: Mapping[str, Solution]
-) -> torch.Tensor:
+    plan: Plan, tree: Tree, space: Space, cost: Ground, solved: Mapping[str, Solution]
+) -> Ground:
     """Return a space's cost plus what the spaces right below it cost for every pair of its units."""
-    total = cost.clone()
+    total = cost.matrix.clone()
     for child in tree.members:
         if child.scope and child.scope[-1] == space.name:
             total += _child_values(plan, space, child, solved[child.name])
-    return total
+    return Ground(total, cost.offset)
 
 
 def _paired(masses: Masses, shape: Shape) -> Masses:
@@ -284,7 +323,11 @@ def to_maps(plan: Plan, tree: Tree, solved: Mapping[str, Solution]) -> dict[str,
         if solution.plan is not None:
             others = [plan.source.scope_size(name) for name in space.scope]
             coupling = spread(solution.plan, sizes, others, len(fixed & set(space.scope)))
-            maps[space.name] = SoftMap.from_coupling(coupling, space.scope, solution.partial)
+            maps[space.name] = (
+                SoftMap(space.scope, coupling, coupling)
+                if solution.rotation
+                else SoftMap.from_coupling(coupling, space.scope, solution.partial)
+            )
             continue
         assert solution.index is not None
         matched = _matched_outer(plan, space, maps)  # [fixed, outer]: source outer unit of each target one
@@ -346,7 +389,7 @@ def identity(plan: Plan, tree: Tree) -> dict[str, Solution]:
 
 
 def costs_of(
-    plan: Plan, tree: Tree, costs: Mapping[str, torch.Tensor], solved: Mapping[str, Solution]
+    plan: Plan, tree: Tree, costs: Mapping[str, Ground], solved: Mapping[str, Solution]
 ) -> dict[str, float]:
     """Return what a tree's solution costs, per space and with the spaces below it.
 
@@ -356,8 +399,8 @@ def costs_of(
     ----------
     plan : Plan
     tree : Tree
-    costs : mapping of str to torch.Tensor
-        Per space, of shape :attr:`Shape.cost`.
+    costs : mapping of str to Ground
+        Per space.
     solved : mapping of str to Solution
 
     Returns
@@ -374,7 +417,8 @@ def costs_of(
         if parent is not None:
             weight = parent.repeat_interleave(shape.fixed // parent.shape[0], 0)
         weights = weight[..., None, None] * _rows(solved[space.name], shape.source_size)
-        own[space.name] = float((weights * costs[space.name]).sum())
+        ground = costs[space.name]
+        own[space.name] = float((weights * ground.matrix).sum() + (weight * ground.offset).sum())
         wide = shape.outer * shape.size, shape.source_outer * shape.source_size
         matched[space.name] = weights.permute(0, 1, 3, 2, 4).reshape(shape.fixed, *wide)
     return {
@@ -389,4 +433,6 @@ def _rows(solution: Solution, size: int) -> torch.Tensor:
         return torch.nn.functional.one_hot(solution.index, size).double()
     assert solution.plan is not None
     plan = solution.plan.double()
+    if solution.rotation:
+        return plan
     return plan * plan.shape[-2] if solution.partial else plan / plan.sum(-1, keepdim=True)

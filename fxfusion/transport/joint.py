@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from fxfusion.plan import Plan
+from fxfusion.plan import Plan, Symmetry
 from fxfusion.progress import Progress, silent
 from fxfusion.statistics import CrossMoments
 from fxfusion.transport.cost import State, WeightCost, activation_cost
@@ -82,6 +82,29 @@ def align(
     -------
     Alignment
     """
+    if plan.rotates:
+        # Weights cannot be compared along axes that may turn, in whatever order: permutations come first.
+        begun = _align(_permuting(plan), target, source, coupling, moments, progress, None)
+        return _align(plan, target, source, coupling, moments, progress, begun.solutions).alignment
+    return _align(plan, target, source, coupling, moments, progress, None).alignment
+
+
+def _permuting(plan: Plan) -> Plan:
+    """Return a plan without rotations."""
+    spaces = (dataclasses.replace(space, symmetry=Symmetry.PERMUTATION) for space in plan.spaces)
+    return dataclasses.replace(plan, spaces=tuple(spaces))
+
+
+def _align(
+    plan: Plan,
+    target: State,
+    source: State,
+    coupling: Coupling,
+    moments: Mapping[str, Sequence[CrossMoments]] | None,
+    progress: Progress,
+    begun: Mapping[str, Solution] | None,
+) -> _Solver:
+    """Solve the transports of all spaces, from solutions found before if there are any."""
     solver = _Solver(plan, coupling, WeightCost(plan, target, source), moments or {})
     pending = trees(plan)
     order: list[Tree] = []
@@ -89,7 +112,7 @@ def align(
         tree = max(pending, key=solver.readiness)
         pending.remove(tree)
         order.append(tree)
-        solver.start(tree)
+        solver.start(tree, begun)
         progress("match", len(order), len(order) + len(pending))
     stale = {tree.root.name for tree in order} - solver.settled
     while stale and solver.alignment.sweeps < MAXIMAL_SWEEPS:
@@ -100,7 +123,7 @@ def align(
                     stale |= solver.neighbours[tree.root.name]
         solver.alignment.sweeps += 1
         progress("refine", solver.alignment.sweeps, MAXIMAL_SWEEPS)
-    return solver.alignment
+    return solver
 
 
 class _Solver:
@@ -136,11 +159,14 @@ class _Solver:
         """Return how well a tree can be compared now: activations first, then the most anchored."""
         return tree.root.name in self.observed, self.weights.anchored(tree, frozenset(self.alignment.maps))
 
-    def start(self, tree: Tree) -> None:
+    def start(self, tree: Tree, begun: Mapping[str, Solution] | None = None) -> None:
         """Solve a tree for the first time, from what needs no unsolved space.
 
         If that is all there is, the next sweep would find the same costs: the tree is settled.
         """
+        if begun is not None:
+            self._accept(tree, {space.name: begun[space.name] for space in tree.members})
+            return
         name, found = tree.root.name, self.alignment
         costs = self.observed.get(name)
         complete = costs is None and self.weights.complete(tree, frozenset(found.maps))

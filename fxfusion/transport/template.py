@@ -20,6 +20,7 @@ from fxfusion.symmetry import act
 from fxfusion.transport.cost import State, WeightCost
 from fxfusion.transport.hierarchy import (
     Coupling,
+    Ground,
     Shape,
     Tree,
     identity,
@@ -58,7 +59,7 @@ def first_template(plan: Plan, anchor: State) -> dict[str, torch.Tensor]:
     return act(plan, maps, anchor)
 
 
-def _picked(plan: Plan, tree: Tree, distances: dict[str, torch.Tensor]) -> dict[str, Map]:
+def _picked(plan: Plan, tree: Tree, distances: dict[str, Ground]) -> dict[str, Map]:
     """Return the maps that take, of every space of a tree, the units that differ most."""
     own = plan.source
     fixed = {space.name for space in plan.fixed}
@@ -66,7 +67,7 @@ def _picked(plan: Plan, tree: Tree, distances: dict[str, torch.Tensor]) -> dict[
     maps: dict[str, Map] = {}
     for space in tree.members:
         shape = Shape.of(plan, plan[space.name])
-        total = with_children(own, tree, space, distances[space.name], solved)
+        total = with_children(own, tree, space, distances[space.name], solved).matrix
         index = torch.stack(
             [
                 torch.stack(

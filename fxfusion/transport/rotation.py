@@ -1,0 +1,80 @@
+"""Rotations: the orthogonal map that brings two sets of units closest, and random ones.
+
+The orthogonal Procrustes problem: ``R = U V'`` for the singular value decomposition ``U S V'`` of the
+cross-moments maximises their inner product (Schoenemann 1966). Where the mean of the units must stay
+(layer normalisation), it is solved in an explicit basis of what is orthogonal to it: projected cross-moments
+would have a null direction of which rounding decides.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def complement(size: int) -> torch.Tensor:
+    """Return an orthonormal basis of what is orthogonal to the ones vector: ``[size, size - 1]``.
+
+    Examples
+    --------
+    >>> bool((complement(3).sum(0).abs() < 1e-12).all())
+    True
+    """
+    spanning = torch.eye(size, dtype=torch.float64)
+    spanning[:, 0] = 1.0
+    return torch.linalg.qr(spanning)[0][:, 1:]
+
+
+def procrustes(cross: torch.Tensor, centred: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the orthogonal maps closest to cross-moments.
+
+    Parameters
+    ----------
+    cross : torch.Tensor
+        ``[..., target, source]``, square.
+    centred : bool
+        Whether the ones vector must stay what it is.
+
+    Returns
+    -------
+    rotation, value
+        float64 ``[..., target, source]``, and their inner products with ``cross``: ``[...]``.
+
+    Examples
+    --------
+    >>> turned = torch.tensor([[0.0, -2.0], [3.0, 0.0]])
+    >>> rotation, value = procrustes(turned)
+    >>> rotation.round().tolist(), round(float(value), 6)
+    ([[-0.0, -1.0], [1.0, 0.0]], 5.0)
+    """
+    cross = cross.double()
+    size = cross.shape[-1]
+    if centred and size > 1:
+        basis = complement(size)
+        inner, _ = procrustes(basis.mT @ cross @ basis)
+        rotation = basis @ inner @ basis.mT + 1.0 / size
+    else:
+        left, _, right = torch.linalg.svd(cross)
+        rotation = left @ right
+    return rotation, (rotation * cross).sum((-2, -1))
+
+
+def random_rotation(
+    size: int, generator: torch.Generator, centred: bool = False, count: int = 1
+) -> torch.Tensor:
+    """Draw orthogonal maps, uniformly: ``[count, size, size]``.
+
+    Parameters
+    ----------
+    size : int
+    generator : torch.Generator
+    centred : bool
+        Whether the ones vector must stay what it is.
+    count : int
+    """
+    drawn = torch.randn(count, size - centred, size - centred, generator=generator, dtype=torch.float64)
+    inner, upper = torch.linalg.qr(drawn)
+    inner = inner * torch.diagonal(upper, dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    if not centred:
+        return inner
+    basis = complement(size)
+    return basis @ inner @ basis.mT + 1.0 / size
