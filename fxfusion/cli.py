@@ -80,6 +80,14 @@ class Symmetry(enum.StrEnum):
     largest = "largest"
 
 
+class Repair(enum.StrEnum):
+    """What calibration data correct after averaging."""
+
+    norms = "norms"
+    units = "units"
+    none = "none"
+
+
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model reference, see below.")]
 InputOption = Annotated[
     list[str] | None,
@@ -262,6 +270,10 @@ def fuse(
         Symmetry | None,
         typer.Option("--symmetry", help="Permutations only, or rotations of a space where it may turn."),
     ] = None,
+    repair: Annotated[
+        Repair | None,
+        typer.Option("--repair", help="Correct batch norms, or every unit's mean and deviation, too."),
+    ] = None,
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -335,7 +347,7 @@ def fuse(
             target=target,
             seed=seed,
             progress=progress,
-            **{**_chosen(features=features, coupling=coupling, symmetry=symmetry), **solver},
+            **{**_chosen(features=features, coupling=coupling, symmetry=symmetry, repair=repair), **solver},
             **_outputs_option(outputs),
         )
     report = _write(resolved[target], result, output)

@@ -260,6 +260,7 @@ def fuse(
     layers: str = "keep",
     observe: Observe | None = None,
     symmetry: str = "permutation",
+    repair: str = "norms",
     into: torch.nn.Module | None = None,
     progress: Progress | None = None,
 ) -> FusionResult:
@@ -309,6 +310,9 @@ def fuse(
     symmetry : {"permutation", "largest"}
         What may act on a space: permutations, or whatever leaves the function unchanged. Residual streams and
         the dimensions of heads may often turn as a whole, once norm weights are in what reads the stream.
+    repair : {"norms", "units", "none"}
+        What calibration data correct after averaging: statistics of batch normalisations; or also, of layers
+        with a bias, mean and deviation of every unit; or nothing.
     into : torch.nn.Module, optional
         A network of the widths that the result shall have, where no parent has them: its weights do not
         count, and ``target`` is not needed. Its units are found in turns with the alignments (a free-support
@@ -354,6 +358,7 @@ def fuse(
         layers=layers,
         observed=observe,
         symmetry=symmetry,
+        repair=repair,
         template=into is not None,
         target=target,
         seed=seed,
@@ -463,7 +468,8 @@ def _fuse(
     if settings.template:
         with clock.measure("fit template"):
             module = _fit_template(module, passes, show)
-    for item in (*passes, Repair(batches, show)):
+    repair = Repair(None if settings.repair == "none" else batches, show, settings.repair == "units")
+    for item in (*passes, repair):
         with clock.measure(type(item).__name__):
             module = _run([item], module)
     report = fusion_report(state, models, settings.facts(target), certificates, clock.seconds)

@@ -1,4 +1,9 @@
-"""Statistics of a merged network's batch normalisations, corrected by what calibration data show."""
+"""Statistics of a merged network, corrected by what calibration data show.
+
+Those of batch normalisations are buffers. Units that a linear layer or a convolution with a bias writes get
+the mean and deviation that the parents' have on average by scaling its rows and moving its bias (Jordan et
+al., REPAIR, ICLR 2023), which needs no normalisation and leaves the class as it is.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +20,14 @@ from fxfusion.execution import Program, by_capture, run_together
 from fxfusion.progress import Progress, silent
 from fxfusion.rules.registry import operator_name
 
+LAYERS = {
+    "linear": (1, 2, 0),
+    "addmm": (2, 0, 1),
+    "conv1d": (1, 2, 0),
+    "conv2d": (1, 2, 0),
+    "conv3d": (1, 2, 0),
+}
+"""Positions of weight and bias among the arguments, and the weight's axis of units."""
 BATCH_NORMS = ("batch_norm", "_native_batch_norm_legit_no_training")
 _TINY = 1e-12
 _ROUNDING = 1e-4  # relative to a standard deviation or variance
@@ -176,3 +189,124 @@ def _corrected(
     ratio = torch.where((ratio - 1.0).abs() > _ROUNDING, ratio, torch.ones(()))
     shift = torch.where(shift.abs() > _ROUNDING * expected.sqrt(), shift, torch.zeros(()))
     return (mean.double() + shift).to(mean.dtype), (variance.double() * ratio).to(variance.dtype)
+
+
+# -- units ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Layer:
+    """A layer whose units have a scale and a bias of their own."""
+
+    node: fx.Node
+    weight: str
+    bias: str
+    axis: int  # of the weight, that enumerates units
+
+    @property
+    def last(self) -> bool:
+        """Whether units are the last axis of the output, not the one after the batch."""
+        return not operator_name(self.node.target).startswith("conv")
+
+
+def _layers(capture: Capture) -> list[_Layer]:
+    """Return the layers of which nothing else uses weight and bias."""
+    uses: dict[str, list[fx.Node]] = {}
+    for node in capture.module.graph.nodes:
+        if node.op == "get_attr":
+            name = capture.aliases.get(str(node.target), str(node.target))
+            uses.setdefault(name, []).extend(node.users)
+    tied = set(capture.aliases.values())
+    found = []
+    for node in capture.module.graph.nodes:
+        if node.op != "call_function" or operator_name(node.target) not in LAYERS or node.kwargs:
+            continue
+        weight, bias, axis = LAYERS[operator_name(node.target)]
+        given = [node.args[place] if len(node.args) > place else None for place in (weight, bias)]
+        names = [
+            capture.aliases.get(str(item.target), str(item.target))
+            for item in given
+            if isinstance(item, fx.Node) and item.op == "get_attr"
+        ]
+        alone = all(
+            name in capture.parameters and name not in tied and uses[name] == [node] for name in names
+        )
+        if len(names) == 2 and alone and len(capture.parameters[names[1]]) == 1:
+            found.append(_Layer(node, names[0], names[1], axis))
+    return found
+
+
+def rescaled_units(
+    capture: Capture,
+    merged: Mapping[str, torch.Tensor],
+    parents: Sequence[Mapping[str, torch.Tensor]],
+    weights: Sequence[float],
+    batches: Batches,
+    progress: Progress = silent,
+) -> dict[str, torch.Tensor]:
+    """Return weights and biases by which units have the parents' average mean and standard deviation.
+
+    Layers are corrected in the order in which the network computes, each on inputs corrected before.
+
+    Parameters
+    ----------
+    capture : Capture
+    merged : mapping of str to torch.Tensor
+        The fused weights.
+    parents : sequence of mapping
+        The parents' weights in the target's basis.
+    weights : sequence of float
+        Their shares.
+    batches : Batches
+        Calibration data.
+    progress : callable, optional
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        By name of the parameter; empty for a network without layers that have a bias.
+    """
+    layers = {layer.node.name: layer for layer in _layers(capture)}
+    shares = torch.tensor(weights, dtype=torch.float64)
+    seen = {(name, side): _Moments() for name in layers for side in range(len(parents) + 1)}
+
+    def change(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return by what a layer's units are multiplied, and what is added then."""
+        found = [seen[name, side] for side in range(len(parents) + 1)]
+        means, deviations = (
+            torch.stack(items)
+            for items in ([item.mean for item in found], [item.variance.sqrt() for item in found])
+        )
+        expected, own = shares @ deviations[:-1], deviations[-1]
+        scale = torch.where(own > _ROUNDING * expected, expected / own.clamp_min(_TINY), torch.ones(()))
+        # Float32 activations carry rounding: what is no larger is no difference, and stays uncorrected.
+        scale = torch.where((scale - 1.0).abs() > _ROUNDING, scale, torch.ones(()))
+        shift = shares @ means[:-1] - scale * means[-1]
+        kept = (scale == 1.0) & (shift.abs() <= _ROUNDING * expected)
+        return scale, torch.where(kept, torch.zeros(()), shift)
+
+    def override(node: fx.Node, index: int, args: tuple[Any, ...]) -> Any:
+        if node.name not in layers:
+            return None
+        output = node.target(*args)  # type: ignore[operator]
+        last = layers[node.name].last
+        seen[node.name, index].update(output.movedim(-1, 1) if last else output)
+        if index < len(parents):
+            return output
+        shape = [-1] if last else [-1, *[1] * (output.ndim - 2)]
+        scale, shift = (item.to(output.dtype).reshape(shape) for item in change(node.name))
+        return output * scale + shift
+
+    program = Program(capture)
+    for done, (args, kwargs) in enumerate(batches, start=1):
+        program.run([*parents, merged], args, kwargs, override=override)
+        progress("repair", done, len(batches))
+    corrected: dict[str, torch.Tensor] = {}
+    for name, layer in layers.items():
+        scale, shift = change(name)
+        weight, bias = merged[layer.weight], merged[layer.bias]
+        shape = [1] * weight.ndim
+        shape[layer.axis] = -1
+        corrected[layer.weight] = (weight.double() * scale.reshape(shape)).to(weight.dtype)
+        corrected[layer.bias] = (bias.double() * scale + shift).to(bias.dtype)
+    return corrected

@@ -16,6 +16,7 @@ FEATURES = ("activations", "weights")
 COUPLINGS = ("hard", "soft", "widening")
 LAYERS = ("keep", "drop")
 SYMMETRIES = ("permutation", "largest")
+REPAIRS = ("norms", "units", "none")
 SOFT_REGULARISATION = 0.005
 
 
@@ -34,6 +35,7 @@ class Settings:
     layers : {"keep", "drop"}
     observed : Observe
     symmetry : {"permutation", "largest"}
+    repair : {"norms", "units", "none"}
     template : bool
         Whether the target is a network of a third width, whose weights do not count.
     seed : int
@@ -49,6 +51,7 @@ class Settings:
     layers: str
     observed: Observe
     symmetry: str
+    repair: str
     template: bool
     seed: int
     outputs: Sequence[str] | None
@@ -67,6 +70,7 @@ class Settings:
         layers: str,
         observed: Observe | None,
         symmetry: str,
+        repair: str,
         template: bool,
         target: int,
         seed: int,
@@ -90,6 +94,11 @@ class Settings:
             raise OptionError("regularisation is given twice, to fuse and in its coupling: give one of them")
         check_choice("layers", layers, LAYERS)
         check_choice("symmetry", symmetry, SYMMETRIES)
+        check_choice("repair", repair, REPAIRS)
+        if repair == "units" and not calibrated:
+            raise CalibrationRequiredError(
+                'repair="units" measures activations: give calibration data, or repair="none"'
+            )
         if symmetry != "permutation" and (flow is not None or template):
             raise OptionError(f"symmetry={symmetry!r} goes without flow and into")
         if features == "activations" and not calibrated:
@@ -116,6 +125,7 @@ class Settings:
             layers=layers,
             observed=observed or Observe(),
             symmetry=symmetry,
+            repair=repair,
             template=template,
             seed=seed,
             outputs=outputs,
@@ -132,6 +142,8 @@ class Settings:
         }
         if self.symmetry != "permutation":
             found["symmetry"] = self.symmetry
+        if self.repair != "norms":
+            found["repair"] = self.repair
         if self.flow is not None:
             found["flow"] = repr(self.flow)
         if self.coupling.regularisation is not None:

@@ -1,4 +1,4 @@
-"""Repair: re-estimate the batch-normalisation statistics of the merged network.
+"""Repair: give the merged network statistics like its parents'.
 
 Averaged weights produce activations whose mean and variance are not the average of the parents'. The
 merged network and the aligned parents run side by side on calibration data, and each stored statistic is
@@ -8,6 +8,7 @@ corrected by the measured difference::
     variance = variance_stored * variance_merged / variance_parents
 
 so that sampling noise, which both sides share, cancels: identical parents keep their statistics exactly.
+Of layers with a bias, every unit can be brought to the parents' average mean and deviation, too.
 After Jordan, Sedghi, Saukh, Entezari and Neyshabur, REPAIR, ICLR 2023.
 """
 
@@ -20,34 +21,40 @@ from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxfusion.calibration import Batches
+from fxfusion.errors import OptionError
 from fxfusion.passes.base import FusionPass
 from fxfusion.passes.merge import write
 from fxfusion.progress import Progress, silent
-from fxfusion.repair import Source, corrected_statistics
+from fxfusion.repair import Source, corrected_statistics, rescaled_units
 from fxfusion.state import FusionState, state_of
 from fxfusion.transport.flow import carried
 
 
 @dataclasses.dataclass(eq=False)
 class Repair(FusionPass):
-    """Re-estimate batch-normalisation statistics.
+    """Correct statistics.
 
     Parameters
     ----------
     batches : Batches, optional
         Calibration data; without it nothing changes.
     progress : callable, optional
+    units : bool
+        Whether layers with a bias are corrected, too, not batch normalisations alone.
     """
 
     batches: Batches | None = None
     progress: Progress = silent
+    units: bool = False
 
     def requires(self, graph_module: GraphModule) -> None:
-        """The parents are merged."""
-        state_of(graph_module, "merged", "Merge")
+        """The parents are merged, and of equal widths if units are to be corrected."""
+        state = state_of(graph_module, "merged", "Merge")
+        if self.units and any(parent.capture is not state.capture for parent in state.parents):
+            raise OptionError('repair="units" is for parents of equal widths: leave it out')
 
     def call(self, graph_module: GraphModule) -> PassResult:
-        """Run the pass; statistics buffers are replaced."""
+        """Run the pass; statistics buffers, weights and biases are replaced."""
         state = state_of(graph_module)
         if self.batches is None:
             return PassResult(graph_module, False)
@@ -56,6 +63,12 @@ class Repair(FusionPass):
             state.capture, state.merged, sources, state.weights, self.batches, self.progress
         )
         state.merged.update(corrected)
+        if self.units:
+            rescaled = rescaled_units(
+                state.capture, state.merged, state.aligned, state.weights, self.batches, self.progress
+            )
+            state.merged.update(rescaled)
+            corrected |= rescaled
         write(graph_module, corrected, state.capture.aliases)
         return PassResult(graph_module, bool(corrected))
 

@@ -238,7 +238,7 @@ class TestFuse:
         result = run(
             *("fuse", *parents, "-o", tmp_path / "out.safetensors", "--features", "activations"),
             *("--coupling", "soft", "--calibration", tmp_path / "data.npz", "--batch-size", 2),
-            *("--symmetry", "largest"),
+            *("--symmetry", "largest", "--repair", "units"),
             *("--weights", "0.25,0.75", "--target", 0, "--seed", 9, "--outputs", "logits"),
         )
         assert result.exit_code == 0, result.output
@@ -248,6 +248,7 @@ class TestFuse:
             "features": "activations",
             "coupling": "soft",
             "symmetry": "largest",
+            "repair": "units",
             "weights": [0.25, 0.75],
             "target": 0,
             "seed": 9,
