@@ -26,7 +26,7 @@ class Mixed(nn.Module):
         """Compute."""
         x = self.plain(self.conv(x).relu().mean((2, 3)))
         x = self.again(self.again(self.first(x).tanh()).tanh())
-        return self.last(x.tanh())  # type: ignore[no-any-return]
+        return self.last(x.tanh())
 
 
 def outputs(model: nn.Module, x: torch.Tensor, names: list[str]) -> dict[str, torch.Tensor]:
@@ -65,7 +65,8 @@ def test_units_get_mean_and_deviation_of_the_parents() -> None:
             left, right, without, with_ = (measure(item[name], -1) for item in seen)
             expected = 0.25 * left + 0.75 * right
             torch.testing.assert_close(with_, expected, rtol=1e-3, atol=1e-4)
-        assert not torch.allclose(without, expected, rtol=1e-2, atol=1e-2)  # deviations shrink
+        if name != "conv":  # without what comes before, averaging keeps them nearly
+            assert float((without / expected - 1).abs().max()) > 0.05, "deviations did not need repair"
     for name in ("plain.weight", "again.weight", "again.bias"):  # no bias; called twice
         assert torch.equal(plain.state_dict()[name], repaired.state_dict()[name])
 
