@@ -3,7 +3,7 @@
     python examples/paper/run.py TABLE [--task digits] [--data DIRECTORY] [--pairs 3] [--output RESULTS.md]
 
 ==============  ========================================================================================
-one-shot        parents, ensemble, vanilla average, fusion by weights and activations, hard and soft
+one-shot        parents, ensemble, vanilla average, fusion: hard, soft, with rotations, with units repaired
 residual        residual policies of flow solving
 query-key       transports of queries and keys
 samples         number of calibration samples
@@ -30,7 +30,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -95,12 +95,16 @@ def one_shot(study: Study) -> Scores:
             for coupling in ("hard", "soft"):
                 fused = fuse(study.task, [left, right], right, features=features, coupling=coupling)
                 study.add(scores, f"{features}, {coupling}", fused)
-        for name, options in (
+        settings: tuple[tuple[str, dict[str, Any]], ...] = (
+            ("activations, hard, units repaired", {"repair": "units"}),
+            ("activations, rotations", {"symmetry": "largest"}),
+            ("activations, rotations, units repaired", {"symmetry": "largest", "repair": "units"}),
             ("reference, activations", fxfusion.reference()),
             ("reference, EMD, weights", fxfusion.reference("weights", "hard")),
             ("flow, hard", {"flow": fxfusion.Flow(), "coupling": "hard"}),
             ("flow, soft", {"flow": fxfusion.Flow(), "coupling": "soft"}),
-        ):
+        )
+        for name, options in settings:
             study.add(scores, name, fuse(study.task, [left, right], right, **options))
     return scores
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import ot
 import torch
 
@@ -61,18 +64,17 @@ def sinkhorn(
     if absolute:
         scale = torch.ones_like(scale)
     weights = None if masses is None else [side.double().cpu().numpy() for side in masses]
-    # In NumPy: thousands of tiny steps, on which torch's thread pool costs more than it gains.
     if relaxation is None:
-        solved = ot.solve_batch(
-            (shifted / scale).numpy(),
-            reg=regularisation,
-            a=None if weights is None else weights[0],
-            b=None if weights is None else weights[1],
-            max_iter=ITERATIONS,
-            tol=PRECISION,
-            method="log_sinkhorn",
-        )
-        plans = torch.from_numpy(solved.plan)
+        with _one_thread():
+            plans = ot.solve_batch(
+                shifted / scale,
+                reg=regularisation,
+                a=None if masses is None else masses[0].double().cpu(),
+                b=None if masses is None else masses[1].double().cpu(),
+                max_iter=ITERATIONS,
+                tol=PRECISION,
+                method="log_sinkhorn",
+            ).plan
     else:  # what costs nothing counts here: the cost itself, not shifted
         plans = torch.stack(
             [
@@ -93,3 +95,14 @@ def sinkhorn(
         )
     values = (plans * exact).sum((-2, -1)) * costs.shape[-2]
     return plans.to(costs), values.to(costs)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep torch from threading thousands of tiny steps: handing them over costs many times what they do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
