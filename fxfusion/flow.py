@@ -155,17 +155,9 @@ def _arrive(walk: _Walk, source: str, target: str, space: str, through: Sequence
         return
     attributes: dict[str, object] = {"role": role, "through": list(through)}
     if role == "writes":
-        attributes["axis"] = _axis(walk.parameters[source], space)
+        attributes["axis"] = walk.parameters[source].first_axes.get(space, 0)
     walk.graph.add_edge(source, target, **attributes)
     walk.consumed.add((source, space))
-
-
-def _axis(layout: ParameterLayout, space: str) -> int:
-    for block in layout.blocks:
-        for axis, part in enumerate(block.axes):
-            if any(factor.space == space for factor in part.factors):
-                return axis
-    return 0
 
 
 def _close(walk: _Walk, spaces: Sequence[Space]) -> None:

@@ -8,6 +8,7 @@ one dimension of a view and nothing is ever searched for.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -91,7 +92,18 @@ class ParameterLayout:
 
     def spaces(self) -> frozenset[str]:
         """Return the names of the spaces that the tensor holds."""
-        return frozenset(factor.space for block in self.blocks for factor in block.factors if factor.space)
+        return frozenset(self.first_axes)
+
+    @functools.cached_property
+    def first_axes(self) -> dict[str, int]:
+        """The first axis that holds each space, by name: found once, of however many blocks."""
+        found: dict[str, int] = {}
+        for block in self.blocks:
+            for axis, part in enumerate(block.axes):
+                for factor in part.factors:
+                    if factor.space:
+                        found.setdefault(factor.space, axis)
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
