@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fxfusion.errors import MissingDependencyError
+from fxfusion.threads import one_thread
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -240,7 +241,7 @@ def run(
     digits = load_digits()
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    with _one_thread(), _progress(console) as progress:
+    with one_thread(), _progress(console) as progress:
         parents = [_train_parent(settings, digits, seed, name, progress) for name in ("A", "B")]
         fused = _fuse_all(settings, digits, parents, seed, output, progress)
         rows = _compare(settings, digits, parents, fused, seed, progress)
@@ -394,17 +395,6 @@ def _mean_logits(models: list[DigitsViT], images: Tensor) -> Tensor:
 def _score(logits: Tensor, digits: Digits) -> Score:
     correct = (logits.argmax(1) == digits.test_labels).float().mean().item()
     return Score(100 * correct, functional.cross_entropy(logits, digits.test_labels).item())
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Networks this small gain nothing from threads, and lose much where other programs run."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager

@@ -341,14 +341,11 @@ class _SpaceGroup:
             others = [other for other in user.all_input_nodes if other is not item and self._holds(other)]
             name = self.graph.parameter(others[0]) if len(others) == 1 else None
             if name is not None:
-                axes = [
-                    place.axis for place in self.graph.plan[self.space].incidences if place.parameter == name
-                ]
-                roles = {
-                    place.role for place in self.graph.plan[self.space].incidences if place.parameter == name
-                }
-                if len(set(axes)) == 1 and roles == {Role.READS}:
-                    return name, axes[0]
+                incidences = self.graph.plan[self.space].incidences
+                places = {(place.axis, place.role) for place in incidences if place.parameter == name}
+                axes = {axis for axis, _ in places}
+                if places == {(axis, Role.READS) for axis in axes} and len(axes) == 1:
+                    return name, axes.pop()
         raise self._refuse(user, "reads what is normalised, and has no weight into which the norm's could go")
 
     def _users(self, name: str) -> Iterator[fx.Node]:

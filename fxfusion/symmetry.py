@@ -9,7 +9,7 @@ import torch
 
 from fxfusion.capture import Capture
 from fxfusion.plan import Plan, Role, Space, Symmetry
-from fxfusion.transport.map import HardMap, Map, Maps, SoftMap, transport_tensor
+from fxfusion.transport.map import HardMap, Map, Maps, SoftMap, apart, transport_tensor
 from fxfusion.transport.rotation import random_rotation
 
 
@@ -39,9 +39,7 @@ def random_maps(plan: Plan, generator: torch.Generator) -> dict[str, Map]:
 def _random_rotations(plan: Plan, space: Space, generator: torch.Generator) -> SoftMap:
     outer = [plan.scope_size(name) for name in space.scope]
     drawn = random_rotation(space.size, generator, space.symmetry is Symmetry.CENTRED, math.prod(outer))
-    turned = drawn.reshape(*outer, space.size, space.size)
-    for axis in range(len(outer)):  # no outer unit goes to another
-        turned = torch.diag_embed(turned.movedim(2 * axis, -1)).movedim((-2, -1), (2 * axis, 2 * axis + 1))
+    turned = apart(drawn.reshape(*outer, space.size, space.size), len(outer))
     return SoftMap(space.scope, turned, turned)
 
 

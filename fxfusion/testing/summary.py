@@ -68,7 +68,7 @@ def totals(records: Sequence[Record]) -> Totals:
 
     Examples
     --------
-    >>> from fxfusion.testing.sweeps import Record, without_folders
+    >>> from fxfusion.testing.sweeps import Record
     >>> totals([Record("timm", "resnet", "resnet18", status="certified", covered=1.0, nodes=9)]).covered
     1
     """

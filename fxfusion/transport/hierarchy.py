@@ -17,7 +17,7 @@ import torch
 from fxfusion.errors import OptionError
 from fxfusion.plan import Plan, Space, Symmetry
 from fxfusion.transport.assignment import Masses, assign, assign_groups, emd, partial
-from fxfusion.transport.map import HardMap, Map, SoftMap, in_order
+from fxfusion.transport.map import HardMap, Map, SoftMap, apart, in_order
 from fxfusion.transport.rotation import procrustes
 from fxfusion.transport.sinkhorn import sinkhorn
 
@@ -368,9 +368,7 @@ def spread(coupling: torch.Tensor, target: Sequence[int], source: Sequence[int],
     view = coupling.reshape(*target, *source[fixed:], *coupling.shape[-2:])
     order = [fixed + index + side * count for index in range(count) for side in (0, 1)]
     view = view.permute(*range(fixed), *order, -2, -1)
-    for axis in range(fixed):  # a fixed unit couples with itself only
-        view = torch.diag_embed(view.movedim(2 * axis, -1)).movedim((-2, -1), (2 * axis, 2 * axis + 1))
-    return view
+    return apart(view, fixed)  # a fixed unit couples with itself only
 
 
 def identity(plan: Plan, tree: Tree) -> dict[str, Solution]:

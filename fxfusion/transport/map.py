@@ -162,6 +162,21 @@ def in_order(target: int, source: int) -> torch.Tensor:
     return coupling
 
 
+def apart(coupling: torch.Tensor, count: int) -> torch.Tensor:
+    """Return ``[n, ...]`` as ``[n, n, ...]``, for ``count`` leading axes: each unit goes with itself only.
+
+    Examples
+    --------
+    >>> apart(torch.tensor([1.0, 2.0]), 1)
+    tensor([[1., 0.],
+            [0., 2.]])
+    """
+    for axis in range(count):
+        coupling = torch.diag_embed(coupling.movedim(2 * axis, -1))
+        coupling = coupling.movedim((-2, -1), (2 * axis, 2 * axis + 1))
+    return coupling
+
+
 def transport_block(
     block: Block,
     view: torch.Tensor,

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import ot
 import torch
 
+from fxfusion.threads import one_thread
 from fxfusion.transport.assignment import Masses
 
 ITERATIONS = 1000
@@ -65,7 +63,7 @@ def sinkhorn(
         scale = torch.ones_like(scale)
     weights = None if masses is None else [side.double().cpu().numpy() for side in masses]
     if relaxation is None:
-        with _one_thread():
+        with one_thread():
             plans = ot.solve_batch(
                 shifted / scale,
                 reg=regularisation,
@@ -95,14 +93,3 @@ def sinkhorn(
         )
     values = (plans * exact).sum((-2, -1)) * costs.shape[-2]
     return plans.to(costs), values.to(costs)
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keep torch from threading thousands of tiny steps: handing them over costs many times what they do."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
