@@ -53,6 +53,17 @@ class Batches:
     def __len__(self) -> int:
         return self._count
 
+    def first(self, samples: int) -> Batches:
+        """Return the first batches, as many as hold so many samples."""
+        kept: list[Any] = []
+        total = 0
+        for item in self.source:
+            if total >= samples:
+                return Batches(self.capture, kept)
+            kept.append(item)
+            total += _batch_size(self._bind(item))
+        return self
+
     def __iter__(self) -> Iterator[Inputs]:
         bound = map(self._bind, self.source)
         return bound if self.capture.dynamic else self._rechunked(bound)

@@ -6,7 +6,9 @@ torch, timm and transformers take seconds to import, so that only the commands d
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import enum
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -76,6 +78,7 @@ class Coupling(enum.StrEnum):
 class Symmetry(enum.StrEnum):
     """What may act on a space."""
 
+    none = "none"
     permutation = "permutation"
     largest = "largest"
 
@@ -86,6 +89,16 @@ class Repair(enum.StrEnum):
     norms = "norms"
     units = "units"
     none = "none"
+
+
+class Method(enum.StrEnum):
+    """Symmetry, repair and refinement by one name."""
+
+    vanilla = "vanilla"
+    permutation = "permutation"
+    orthogonal = "orthogonal"
+    learned = "learned"
+    auto = "auto"
 
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model reference, see below.")]
@@ -101,6 +114,12 @@ OutputsOption = Annotated[
         "--outputs",
         metavar="NAMES",
         help="Outputs to keep, separated by commas \\[default: all but hidden states].",
+    ),
+]
+RefineOption = Annotated[
+    int | None,
+    typer.Option(
+        "--refine", metavar="STEPS", min=1, help="Learn transports on the calibration data: gradient steps."
     ),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Same inputs and seed, same result.")]
@@ -268,12 +287,17 @@ def fuse(
     ] = None,
     symmetry: Annotated[
         Symmetry | None,
-        typer.Option("--symmetry", help="Permutations only, or rotations of a space where it may turn."),
+        typer.Option("--symmetry", help="Nothing, permutations, or rotations of a space where it may turn."),
     ] = None,
     repair: Annotated[
         Repair | None,
         typer.Option("--repair", help="Correct batch norms, or every unit's mean and deviation, too."),
     ] = None,
+    method: Annotated[
+        Method | None,
+        typer.Option("--method", help="Symmetry and repair by one name; auto chooses by calibration data."),
+    ] = None,
+    refine: RefineOption = None,
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -347,12 +371,93 @@ def fuse(
             target=target,
             seed=seed,
             progress=progress,
-            **{**_chosen(features=features, coupling=coupling, symmetry=symmetry, repair=repair), **solver},
+            refine=refine,
+            **{
+                **_chosen(
+                    features=features, coupling=coupling, symmetry=symmetry, repair=repair, method=method
+                ),
+                **solver,
+            },
             **_outputs_option(outputs),
         )
     report = _write(resolved[target], result, output)
     console.print(result.report.table())
     console.print(f"wrote {output} and {report}", highlight=False)
+
+
+@app.command(
+    epilog="Example: fxfusion barrier timm:resnet18@a.safetensors timm:resnet18@b.safetensors "
+    "--calibration images.npz --evaluation test.npz --plot barrier.svg"
+)
+def barrier(
+    first: ModelArgument,
+    second: ModelArgument,
+    evaluation: Annotated[
+        Path,
+        typer.Option(
+            "--evaluation", metavar="FILE", help="Inputs as for --calibration, and an array 'labels'."
+        ),
+    ],
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibration", metavar="FILE", help="An .npz or .safetensors, one array per input name."
+        ),
+    ] = None,
+    methods: Annotated[
+        str, typer.Option("--methods", metavar="NAMES", help="What is compared; learned takes minutes.")
+    ] = "vanilla,permutation,orthogonal",
+    refine: RefineOption = None,
+    points: Annotated[int, typer.Option("--points", min=3, help="On the line, with both ends.")] = 11,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw the curves: .svg, .png, .pdf.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the curves as JSON.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Of all data.")] = 32,
+    given: InputOption = None,
+    outputs: OutputsOption = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Loss and accuracy along the line between two parents, aligned by several methods."""
+    for path in (plot, json_file):
+        if path is not None:
+            _check_parent(path)
+    console = Console()
+    with _progress(console) as progress:
+        import fxfusion
+        from fxfusion import inputs, references
+
+        progress("loading models", 0, 2)
+        resolved = [references.resolve(first), references.resolve(second)]
+        progress("loading models", 2, 2)
+        batches = _calibration(calibration, resolved[1], batch_size)
+        samples = inputs.load_evaluation(evaluation, resolved[1].model, batch_size)
+        example = _example(resolved[1], given, samples.inputs)
+        found = fxfusion.barrier(
+            [parent.model for parent in resolved],
+            example.args,
+            example.kwargs,
+            calibration=batches,
+            evaluation=samples,
+            methods=[name.strip() for name in methods.split(",")],
+            points=points,
+            refine=refine,
+            seed=seed,
+            progress=progress,
+            **_outputs_option(outputs),
+        )
+    console.print(found.table())
+    if plot is not None:
+        found.plot(plot)
+        console.print(f"wrote {plot}", highlight=False)
+    if json_file is not None:
+        curves = {
+            curve.method: {**dataclasses.asdict(curve), "barrier": curve.barrier} for curve in found.curves
+        }
+        write_text(json_file, json.dumps(curves, indent=2) + "\n")
+        console.print(f"wrote {json_file}", highlight=False)
 
 
 @app.command(epilog="Example: fxfusion sweep timm 'resnet*' --jobs 2 --output sweep")
@@ -642,11 +747,6 @@ def _summary(explained: Mapping[str, Sequence[AxisExplanation]]) -> Table:
 
 
 def _write_json(path: Path, explained: Mapping[str, Sequence[AxisExplanation]]) -> None:
-    import dataclasses
-    import json
-
-    from fxfusion.atomic import write_text
-
     plain = {name: [dataclasses.asdict(axis) for axis in axes] for name, axes in explained.items()}
     write_text(path, json.dumps(plain, indent=2) + "\n")
 

@@ -241,6 +241,51 @@ def load_calibration(
     return calibration
 
 
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Batches of evaluation data: inputs, and ``labels``.
+
+    Attributes
+    ----------
+    inputs : Calibration
+    labels : Array
+        Integers, first axis samples.
+    """
+
+    inputs: Calibration
+    labels: Array
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        start = 0
+        for batch in self.inputs:
+            stop = min(start + self.inputs.batch_size, self.inputs.samples)
+            yield {**batch, "labels": self.labels.read(start, stop)}
+            start = stop
+
+
+def load_evaluation(
+    path: str | Path,
+    model: nn.Module | ExportedProgram,
+    batch_size: int = 32,
+) -> Evaluation:
+    """Open data with labels: as :func:`load_calibration`, and an array ``labels`` of integers.
+
+    Raises
+    ------
+    CalibrationMismatchError
+        As for :func:`load_calibration`, or if there are no labels, or not one per sample.
+    """
+    inputs = load_calibration(path, model, batch_size)
+    found = [array for name, array in _open(Path(path)).items() if name in _LABELS]
+    if not found:
+        raise CalibrationMismatchError(f"{path} has no labels: add an array named 'labels'")
+    if found[0].shape[:1] != (inputs.samples,):
+        raise CalibrationMismatchError(
+            f"{path} has labels of shape {tuple(found[0].shape)} for {inputs.samples} samples"
+        )
+    return Evaluation(inputs, found[0])
+
+
 class Array(Protocol):
     """An array on disk or in memory that is read in slices."""
 

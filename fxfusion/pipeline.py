@@ -5,18 +5,22 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import fx
 
-from fxfusion.calibration import Batches
+from fxfusion.agreement import Lessons
+from fxfusion.calibration import Batches, Inputs
 from fxfusion.capture import Model, capture
 from fxfusion.certify import Certificate, certify_plan
 from fxfusion.depth import Kept, match_layers, restored, shallow, stacks_of, unequal_stacks
-from fxfusion.errors import CertificationError, InvalidWeightError
+from fxfusion.errors import CertificationError, InvalidWeightError, OptionError
+from fxfusion.execution import Program
+from fxfusion.methods import Method, candidates
 from fxfusion.pairing import widths_differ
 from fxfusion.passes.align import Align
 from fxfusion.passes.align_flow import AlignFlow
@@ -27,15 +31,17 @@ from fxfusion.passes.merge import Merge, write
 from fxfusion.passes.normalize import Normalize
 from fxfusion.passes.pair import Pair
 from fxfusion.passes.propagate import Propagate
+from fxfusion.passes.refine import Refine
 from fxfusion.passes.repair import Repair
 from fxfusion.plan import Plan
 from fxfusion.progress import Progress
 from fxfusion.report import FusionReport
 from fxfusion.reporting import fusion_report
-from fxfusion.settings import Settings
+from fxfusion.settings import AUTO, Settings
 from fxfusion.state import KEY, FusionState, attach, prepared, state_of
 from fxfusion.symmetry import act, complete, random_maps
 from fxfusion.transport.hierarchy import Coupling
+from fxfusion.transport.learned import Refinement
 from fxfusion.transport.options import Flow, Observe
 from fxfusion.transport.template import first_template
 from fxfusion.validation import (
@@ -49,6 +55,7 @@ from fxfusion.validation import (
 )
 
 REFITS = 3  # turns in which a template of a third width is fitted
+SOLVED_SAMPLES = 1000  # on which closed forms settle; learning goes on with all
 CERTIFIED_SAMPLES = 2  # of the example, on which parents are certified before they are fused
 
 
@@ -259,8 +266,10 @@ def fuse(
     rounds: int = 0,
     layers: str = "keep",
     observe: Observe | None = None,
-    symmetry: str = "permutation",
-    repair: str = "norms",
+    symmetry: str | None = None,
+    repair: str | None = None,
+    refine: Refinement | int | None = None,
+    method: str | None = None,
     into: torch.nn.Module | None = None,
     progress: Progress | None = None,
 ) -> FusionResult:
@@ -307,12 +316,21 @@ def fuse(
         are, or dropped, so that the result is as shallow as that.
     observe : Observe, optional
         Which calibration activations count: class tokens, a window, a random share, confident samples.
-    symmetry : {"permutation", "largest"}
-        What may act on a space: permutations, or whatever leaves the function unchanged. Residual streams and
-        the dimensions of heads may often turn as a whole, once norm weights are in what reads the stream.
+    symmetry : {"none", "permutation", "largest"}
+        What may act on a space: nothing (the vanilla average), permutations, or whatever leaves the function
+        unchanged. Residual streams and the dimensions of heads may often turn as a whole, once norm weights
+        are in what reads the stream. Permutations by default.
     repair : {"norms", "units", "none"}
-        What calibration data correct after averaging: statistics of batch normalisations; or also, of layers
-        with a bias, mean and deviation of every unit; or nothing.
+        What calibration data correct after averaging: statistics of batch normalisations (the default); or
+        also, of layers with a bias, mean and deviation of every unit; or nothing.
+    refine : Refinement or int, optional
+        Learn further transports, within the symmetry, by which the average says what the parents say on
+        unlabelled calibration data: so many steps of gradient descent, a batch each. The better, the more
+        data there are; closed forms before that are solved from the first thousand samples.
+    method : {"vanilla", "permutation", "orthogonal", "learned", "auto"}, optional
+        Names for ``symmetry``, ``repair`` and ``refine`` together (see :mod:`fxfusion.methods`). ``"auto"``
+        tries them (learning only if ``refine`` is given) and keeps the one whose outputs on the calibration
+        data are closest to the parents' average; the report says how close each came.
     into : torch.nn.Module, optional
         A network of the widths that the result shall have, where no parent has them: its weights do not
         count, and ``target`` is not needed. Its units are found in turns with the alignments (a free-support
@@ -359,6 +377,8 @@ def fuse(
         observed=observe,
         symmetry=symmetry,
         repair=repair,
+        refinement=refine,
+        method=method,
         template=into is not None,
         target=target,
         seed=seed,
@@ -373,6 +393,127 @@ def fuse(
     if not paths:
         return _fuse(models, args, kwargs, calibration, weights, target, settings)
     return _fuse_depths(models, paths, args, kwargs, calibration, weights, target, settings)
+
+
+@dataclasses.dataclass(eq=False)
+class AlignedParents:
+    """The parents in one basis: the result of :func:`align`.
+
+    Attributes
+    ----------
+    plan : Plan
+        The spaces, with the symmetry that was used.
+    """
+
+    plan: Plan
+    _job: _Job = dataclasses.field(repr=False)
+    _state: FusionState = dataclasses.field(repr=False)
+    _settings: Settings = dataclasses.field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self._state.aligned)
+
+    def state_dict(self, index: int) -> dict[str, torch.Tensor]:
+        """Return a parent's weights in the target's basis: they load into the target's class.
+
+        Of parents of the target's widths and hard couplings or rotations, the function is the parent's own.
+        """
+        job = self._job
+        return complete(self._state.capture, self._state.aligned[index], job.states[job.target])
+
+    def average(self, weights: Sequence[float] | None = None) -> dict[str, torch.Tensor]:
+        """Return the parents' average, repaired as was asked for: a full state dict.
+
+        Parameters
+        ----------
+        weights : sequence of float, optional
+            The parents' shares, scaled to sum to one; equal by default.
+
+        Raises
+        ------
+        OptionError
+            If the weights do not fit.
+        """
+        job = self._job
+        job.shares = check_shares(weights, len(self))
+        merged = _merged(job, self._state, self._settings).merged
+        return complete(self._state.capture, merged, job.states[job.target])
+
+
+def align(
+    models: Sequence[Model],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    calibration: Iterable[Any] | None = None,
+    target: int = -1,
+    features: str | None = None,
+    coupling: str | Coupling = "hard",
+    symmetry: str | None = None,
+    repair: str | None = None,
+    refine: Refinement | int | None = None,
+    method: str | None = None,
+    flow: Flow | None = None,
+    rounds: int = 0,
+    observe: Observe | None = None,
+    seed: int = 0,
+    outputs: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> AlignedParents:
+    """Bring models into one basis without averaging them yet, for averages of any weights.
+
+    Parameters
+    ----------
+    models, args, kwargs, calibration, target, features, coupling, symmetry, repair, refine, method, flow
+    rounds, observe, seed, outputs, progress
+        As for :func:`fuse`; depths must be equal, and ``method="auto"`` is not for averages to come.
+
+    Returns
+    -------
+    AlignedParents
+
+    Raises
+    ------
+    FusionError
+        As for :func:`fuse`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> make = lambda: torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> x, first, second = torch.randn(16, 4), make(), make()
+    >>> aligned = align([first, second], (x,))
+    >>> before = first(x)
+    >>> _ = first.load_state_dict(aligned.state_dict(0))
+    >>> torch.allclose(first(x), before, atol=1e-6)
+    True
+    >>> sorted(aligned.average([0.25, 0.75])) == sorted(first.state_dict())
+    True
+    """
+    if method == AUTO:
+        raise OptionError('method="auto" compares averages: give one of the other methods')
+    settings = Settings.checked(
+        calibrated=calibration is not None,
+        features=features,
+        coupling=coupling,
+        regularisation=None,
+        flow=flow,
+        rounds=rounds,
+        layers="keep",
+        observed=observe,
+        symmetry=symmetry,
+        repair=repair,
+        refinement=refine,
+        method=method,
+        template=False,
+        target=target,
+        seed=seed,
+        outputs=outputs,
+        progress=progress,
+    )
+    job = _paired(models, args, kwargs, calibration, None, target, settings)
+    state = _aligned(job, settings)
+    assert state.plan is not None
+    return AlignedParents(state.plan, job, state, settings)
 
 
 def _fuse_depths(
@@ -434,12 +575,60 @@ def _fuse(
     equal: bool = True,
 ) -> FusionResult:
     """Fuse models of equal depths; ``equal`` says whether their configurations say so, too."""
+    job = _paired(models, args, kwargs, calibration, weights, target, settings, equal)
+    state, notes = _chosen(job) if settings.auto else (_merged(job, _aligned(job, settings), settings), ())
+    report = fusion_report(
+        state, models, settings.by(state.method).facts(job.target), state.certificates, job.clock.seconds
+    )
+    report = dataclasses.replace(report, notes=(*report.notes, *notes))
+    assert state.plan is not None
+    fused = complete(state.capture, state.merged, job.states[job.target])
+    job.module.meta.pop(KEY)  # the parents' weights need not outlive the fusion
+    return FusionResult(job.module, report, state.plan, fused)
+
+
+@dataclasses.dataclass(eq=False)
+class _Job:
+    """Parents that are captured, planned and paired: what every way to fuse them begins with."""
+
+    module: fx.GraphModule
+    models: Sequence[Model]
+    states: list[dict[str, torch.Tensor]]  # the parents' weights in the target's precision
+    shares: Sequence[float]
+    target: int
+    batches: Batches | None
+    settings: Settings
+    clock: _Clock
+    paired: FusionState
+
+    def begin(self, state: FusionState) -> FusionState:
+        """Attach a copy of a state to the module, from which passes go on."""
+        state = dataclasses.replace(state)
+        self.module.meta[KEY] = state
+        return state
+
+    def run(self, item: FusionPass) -> None:
+        """Run a pass on the module."""
+        with self.clock.measure(type(item).__name__):
+            self.module = _run([item], self.module)
+
+
+def _paired(
+    models: Sequence[Model],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    calibration: Iterable[Any] | None,
+    weights: Sequence[float] | None,
+    target: int,
+    settings: Settings,
+    equal: bool = True,
+) -> _Job:
+    """Capture and plan the parents, and pair their spaces."""
     clock = _Clock()
     states = check_parents(models, target, equal)
     shares = check_shares(weights, len(models))
     target = range(len(models))[target]
-    show = settings.progress
-    show("capture", 0, 1)
+    settings.progress("capture", 0, 1)
     with clock.measure("capture"):
         module = prepare(models[target], args, kwargs)
         others = {
@@ -459,24 +648,92 @@ def _fuse(
         for captured in (module, *others.values()):
             _run([Normalize(), Propagate(settings.outputs)], captured)
         module = _run([Pair(states, target, others)], module)
-        if settings.symmetry == "largest":
-            module = _run([FoldNorms()], module)
-    with clock.measure("certify"):
-        certificates = _certify_all(state, models, settings.seed, show)
-    seen = batches if settings.features == "activations" else None
-    passes: list[FusionPass] = [_solver(settings, seen), ApplyTransports(), Merge(shares)]
+    return _Job(module, models, states, shares, target, batches, settings, clock, state)
+
+
+def _aligned(job: _Job, settings: Settings) -> FusionState:
+    """Certify the parents under a symmetry, and bring them into the target's basis."""
+    state = job.begin(job.paired)
+    if settings.symmetry == "none":
+        _hold(state)
+    if settings.symmetry == "largest":
+        job.run(FoldNorms())
+    with job.clock.measure("certify"):
+        state.certificates = _certify_all(state, job.models, settings.seed, settings.progress)
+    seen = job.batches if settings.features == "activations" else None
+    if seen is not None and (settings.refinement is not None or settings.auto):
+        seen = seen.first(SOLVED_SAMPLES)
+    passes: list[FusionPass] = [_solver(settings, seen), ApplyTransports()]
     if settings.template:
-        with clock.measure("fit template"):
-            module = _fit_template(module, passes, show)
-    repair = Repair(None if settings.repair == "none" else batches, show, settings.repair == "units")
-    for item in (*passes, repair):
-        with clock.measure(type(item).__name__):
-            module = _run([item], module)
-    report = fusion_report(state, models, settings.facts(target), certificates, clock.seconds)
+        with job.clock.measure("fit template"):
+            job.module = _fit_template(job.module, [*passes, Merge(job.shares)], settings.progress)
+    for item in passes:
+        job.run(item)
+    if settings.refinement is not None:
+        assert job.batches is not None
+        job.run(
+            Refine(
+                job.batches,
+                settings.refinement,
+                job.shares,
+                settings.seed,
+                settings.repair != "none",
+                settings.progress,
+            )
+        )
+    return state
+
+
+def _hold(state: FusionState) -> None:
+    """Leave all units where they are: no space may move."""
     assert state.plan is not None
-    fused = complete(state.capture, state.merged, states[target])
-    module.meta.pop(KEY)  # the parents' weights need not outlive the fusion
-    return FusionResult(module, report, state.plan, fused)
+    if any(parent.plan is not state.plan for parent in state.parents):
+        raise OptionError('symmetry="none" is for parents of equal widths: leave it out')
+    state.plan = dataclasses.replace(state.plan, spaces=(), layouts={}, activations={})
+    state.parents = [dataclasses.replace(parent, plan=state.plan) for parent in state.parents]
+
+
+def _merged(job: _Job, aligned: FusionState, settings: Settings) -> FusionState:
+    """Average aligned parents, and repair the average."""
+    state = job.begin(aligned)
+    state.method = settings.method
+    job.run(Merge(job.shares))
+    batches = None if settings.repair == "none" else job.batches
+    job.run(Repair(batches, settings.progress, settings.repair == "units"))
+    return state
+
+
+def _chosen(job: _Job) -> tuple[FusionState, tuple[str, ...]]:
+    """Return the fusion whose outputs are closest to the parents' average on calibration data, and why."""
+    assert job.batches is not None
+    paired = job.paired
+    equal = all(parent.plan is paired.plan for parent in paired.parents)
+    shared = all(parent.capture is paired.capture for parent in paired.parents)
+    few = job.batches.first(SOLVED_SAMPLES)
+    lessons = Lessons(paired.capture, paired.parents, paired.outputs, job.shares, few)
+    program = Program(paired.capture)
+    aligned: dict[tuple[str, bool], FusionState] = {}
+    best: FusionState | None = None
+    found: list[tuple[float, Method]] = []
+    for method in candidates(job.settings.refinement, turning=equal, units=shared):
+        settings = job.settings.by(method)
+        key = method.symmetry, method.refinement is not None
+        if key not in aligned:
+            aligned = {key: _aligned(job, settings), **aligned}
+        state = _merged(job, aligned[key], settings)
+        distance = lessons.judge(_runner(program, state.merged))
+        if not found or distance < min(found, key=itemgetter(0))[0]:
+            best = state
+        found.append((distance, method))
+    assert best is not None
+    job.begin(best)
+    write(job.module, best.merged, best.capture.aliases)
+    told = "; ".join(f"{method}: {distance:.4g}" for distance, method in sorted(found, key=itemgetter(0)))
+    return best, (f"chosen by distance from the parents' average outputs on the calibration data: {told}",)
+
+
+def _runner(program: Program, state: Mapping[str, torch.Tensor]) -> Callable[[Inputs], list[Any]]:
+    return lambda inputs: program.run([state], *inputs)[0]
 
 
 def _fit_template(module: fx.GraphModule, passes: Sequence[FusionPass], progress: Progress) -> fx.GraphModule:

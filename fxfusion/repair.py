@@ -8,13 +8,13 @@ al., REPAIR, ICLR 2023), which needs no normalisation and leaves the class as it
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from fxfusion.calibration import Batches
+from fxfusion.calibration import Batches, Inputs
 from fxfusion.capture import Capture
 from fxfusion.execution import Program, by_capture, run_together
 from fxfusion.progress import Progress, silent
@@ -144,6 +144,59 @@ def corrected_statistics(
         names = _buffers(capture, node)
         corrected.update(zip(names, corrections(node, [merged[name] for name in names]), strict=True))
     return corrected
+
+
+def batch_norms(capture: Capture) -> dict[str, tuple[str, str]]:
+    """Return the buffers of mean and variance of every batch normalisation, by name of its graph node."""
+    found = {}
+    for node in _batch_norms(capture):
+        mean, variance = _buffers(capture, node)
+        found[node.name] = mean, variance
+    return found
+
+
+def measured_norms(
+    program: Program,
+    norms: Mapping[str, tuple[str, str]],
+    states: Sequence[Mapping[str, torch.Tensor]],
+    inputs: Iterable[Inputs],
+) -> list[dict[str, torch.Tensor]]:
+    """Return the statistics of what batch normalisations get, by name of the buffer.
+
+    Parameters
+    ----------
+    program : Program
+    norms : mapping
+        Of :func:`batch_norms`.
+    states : sequence of mapping
+        Weights of several networks.
+    inputs : iterable
+        Calibration data.
+
+    Returns
+    -------
+    list of dict
+        One per network.
+    """
+    seen = {(name, side): _Moments() for name in norms for side in range(len(states))}
+
+    def override(node: fx.Node, index: int, args: tuple[Any, ...]) -> Any:
+        if node.name in norms:
+            seen[node.name, index].update(args[0])
+
+    for args, kwargs in inputs:
+        program.run(states, args, kwargs, override=override)
+    return [
+        {
+            buffer: values.float()
+            for name, (mean, variance) in norms.items()
+            for buffer, values in (
+                (mean, seen[name, side].mean),
+                (variance, seen[name, side].variance),
+            )
+        }
+        for side in range(len(states))
+    ]
 
 
 def _carried(

@@ -81,6 +81,11 @@ def _notes(state: FusionState) -> tuple[str, ...]:
     notes = []
     if not state.capture.dynamic:
         notes.append("the model fixes its batch size: the fused module takes the example's only")
+    if state.refined is not None:
+        notes.append(
+            f"transports refined in {state.refined.steps} steps: distance from the parents' average outputs "
+            f"{state.refined.before:.4g} before and {state.refined.after:.4g} after, on batches held out"
+        )
     for index, parent in enumerate(state.parents):
         if isinstance(parent.plan, PairedPlan):
             sizes = {

@@ -7,16 +7,19 @@ import math
 from collections.abc import Sequence
 
 from fxfusion.errors import CalibrationRequiredError, OptionError
+from fxfusion.methods import METHODS, Method
 from fxfusion.progress import Progress, silent
 from fxfusion.transport.hierarchy import Coupling
+from fxfusion.transport.learned import Refinement
 from fxfusion.transport.options import Flow, Observe, check_uncalibrated
 from fxfusion.validation import check_choice
 
 FEATURES = ("activations", "weights")
 COUPLINGS = ("hard", "soft", "widening")
 LAYERS = ("keep", "drop")
-SYMMETRIES = ("permutation", "largest")
+SYMMETRIES = ("none", "permutation", "largest")
 REPAIRS = ("norms", "units", "none")
+AUTO = "auto"
 SOFT_REGULARISATION = 0.005
 
 
@@ -34,8 +37,11 @@ class Settings:
     rounds : int
     layers : {"keep", "drop"}
     observed : Observe
-    symmetry : {"permutation", "largest"}
+    symmetry : {"none", "permutation", "largest"}
     repair : {"norms", "units", "none"}
+    refinement : Refinement or None
+    auto : bool
+        Whether symmetry and repair are chosen by calibration data.
     template : bool
         Whether the target is a network of a third width, whose weights do not count.
     seed : int
@@ -52,6 +58,8 @@ class Settings:
     observed: Observe
     symmetry: str
     repair: str
+    refinement: Refinement | None
+    auto: bool
     template: bool
     seed: int
     outputs: Sequence[str] | None
@@ -69,8 +77,10 @@ class Settings:
         rounds: int,
         layers: str,
         observed: Observe | None,
-        symmetry: str,
-        repair: str,
+        symmetry: str | None,
+        repair: str | None,
+        refinement: Refinement | int | None,
+        method: str | None,
         template: bool,
         target: int,
         seed: int,
@@ -93,14 +103,17 @@ class Settings:
         elif regularisation is not None:
             raise OptionError("regularisation is given twice, to fuse and in its coupling: give one of them")
         check_choice("layers", layers, LAYERS)
-        check_choice("symmetry", symmetry, SYMMETRIES)
-        check_choice("repair", repair, REPAIRS)
-        if repair == "units" and not calibrated:
+        chosen = _method(method, symmetry, repair, refinement)
+        if chosen.repair == "units" and not calibrated:
             raise CalibrationRequiredError(
                 'repair="units" measures activations: give calibration data, or repair="none"'
             )
-        if symmetry != "permutation" and (flow is not None or template):
-            raise OptionError(f"symmetry={symmetry!r} goes without flow and into")
+        if chosen.refinement is not None and not calibrated:
+            raise CalibrationRequiredError("transports are learned from calibration data: give some")
+        if method == AUTO and not calibrated:
+            raise CalibrationRequiredError('method="auto" chooses by calibration data: give some')
+        if (chosen.symmetry != "permutation" or method == AUTO) and (flow is not None or template):
+            raise OptionError(f"symmetry={chosen.symmetry!r} and methods go without flow and into")
         if features == "activations" and not calibrated:
             raise CalibrationRequiredError(
                 'features="activations" needs calibration data: give calibration=batches, or '
@@ -124,12 +137,25 @@ class Settings:
             rounds=rounds,
             layers=layers,
             observed=observed or Observe(),
-            symmetry=symmetry,
-            repair=repair,
+            symmetry=chosen.symmetry,
+            repair=chosen.repair,
+            refinement=chosen.refinement,
+            auto=method == AUTO,
             template=template,
             seed=seed,
             outputs=outputs,
             progress=progress or silent,
+        )
+
+    @property
+    def method(self) -> Method:
+        """The symmetry, repair and refinement."""
+        return Method(self.symmetry, self.repair, self.refinement)
+
+    def by(self, method: Method) -> Settings:
+        """Return the settings with another symmetry, repair and refinement."""
+        return dataclasses.replace(
+            self, symmetry=method.symmetry, repair=method.repair, refinement=method.refinement
         )
 
     def facts(self, target: int) -> dict[str, str]:
@@ -144,6 +170,8 @@ class Settings:
             found["symmetry"] = self.symmetry
         if self.repair != "norms":
             found["repair"] = self.repair
+        if self.refinement is not None:
+            found["refine"] = repr(self.refinement)
         if self.flow is not None:
             found["flow"] = repr(self.flow)
         if self.coupling.regularisation is not None:
@@ -151,6 +179,28 @@ class Settings:
         if self.observed != Observe():
             found["observe"] = repr(self.observed)
         return found
+
+
+def _method(
+    method: str | None, symmetry: str | None, repair: str | None, refinement: Refinement | int | None
+) -> Method:
+    """Return symmetry, repair and refinement, by one name or one by one."""
+    learning = Refinement(steps=refinement) if isinstance(refinement, int) else refinement
+    if method is None:
+        symmetry, repair = symmetry or "permutation", repair or "norms"
+        check_choice("symmetry", symmetry, SYMMETRIES)
+        check_choice("repair", repair, REPAIRS)
+        return Method(symmetry, repair, learning)
+    check_choice("method", method, (*METHODS, AUTO))
+    if symmetry is not None or (repair is not None and method == AUTO):
+        raise OptionError(f"method={method!r} says what symmetry and repair are: leave one of them out")
+    if learning is not None and method not in ("learned", AUTO):
+        raise OptionError(f'method={method!r} learns nothing: give method="learned", or leave refine out')
+    found = METHODS.get(method, Method("permutation"))
+    if repair is not None:
+        check_choice("repair", repair, REPAIRS)
+        found = dataclasses.replace(found, repair=repair)
+    return found if learning is None else dataclasses.replace(found, refinement=learning)
 
 
 def _check_flow(flow: Flow, features: str, coupling: str | Coupling, regularisation: float | None) -> None:

@@ -13,10 +13,13 @@ import torch
 from torch import fx
 
 from fxfusion.capture import Capture
+from fxfusion.certify import Certificate
 from fxfusion.errors import PassOrderError
+from fxfusion.methods import Method
 from fxfusion.pairing import Parent
 from fxfusion.plan import Plan
 from fxfusion.transport.joint import Alignment
+from fxfusion.transport.learned import Refined
 
 KEY = "fxfusion"
 
@@ -37,12 +40,18 @@ class FusionState:
         Graph, plan and weights of every parent; set by ``Pair``.
     target : int
         In whose basis the others are expressed; set by ``Pair``.
+    certificates : list of Certificate
+        One per parent; set by the pipeline.
     alignments : list of Alignment or None
         One per parent, None for the target; set by ``Align``.
     aligned : list of mapping
         The parents' weights in the target's basis; set by ``ApplyTransports``.
+    refined : Refined or None
+        What was learned on calibration data; set by ``Refine``.
     weights : tuple of float
         The parents' shares; set by ``Merge``.
+    method : Method
+        How the fusion was made; set by the pipeline.
     merged : dict of str to torch.Tensor
         The fused weights; set by ``Merge``, amended by ``Repair``.
     """
@@ -52,9 +61,12 @@ class FusionState:
     plan: Plan | None = None
     parents: Sequence[Parent] = ()
     target: int = -1
+    certificates: list[Certificate] = dataclasses.field(default_factory=list)
     alignments: list[Alignment | None] = dataclasses.field(default_factory=list)
     aligned: list[dict[str, torch.Tensor]] = dataclasses.field(default_factory=list)
+    refined: Refined | None = None
     weights: tuple[float, ...] = ()
+    method: Method = dataclasses.field(default_factory=lambda: Method("permutation"))
     merged: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
 
 

@@ -4,6 +4,7 @@
 
 ==============  ========================================================================================
 one-shot        parents, ensemble, vanilla average, fusion: hard, soft, with rotations, with units repaired
+stages          from the vanilla average to learned transports, with barrier and seconds; also the reference
 residual        residual policies of flow solving
 query-key       transports of queries and keys
 samples         number of calibration samples
@@ -27,7 +28,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,7 +45,9 @@ from torch import nn
 
 import fxfusion
 
-Scores = dict[str, list[tuple[float, float]]]  # by method: accuracy and loss of every pair
+Scores = dict[str, list[tuple[float, ...]]]  # by method: what is measured of every pair
+COLUMNS = ("accuracy, %", "loss", "barrier", "seconds")
+DIGITS = (1, 3, 3, 0)
 STACKS = {"digits": "vit.layers", "mnist": "vit.layers", "cifar10": "vit.layers"}
 STACKS |= {"gpt2": "transformer.h", "bert": "bert.encoder.layer"}
 
@@ -59,6 +64,10 @@ class Study:
     checkpoints : Path or None
     tuning : int
         Steps of further training.
+    refinement : fxfusion.Refinement
+        How transports are learned.
+    refined_on : int
+        Unlabelled samples that they are learned on.
     picture : Path
         Where a picture goes.
     """
@@ -68,15 +77,20 @@ class Study:
     checkpoints: Path | None
     tuning: int
     picture: Path
+    refinement: fxfusion.Refinement = dataclasses.field(default_factory=fxfusion.Refinement)
+    refined_on: int = 2000
 
     def parent(self, seed: int, size: Size | None = None) -> nn.Module:
         """Return a trained network."""
         return self.task.parent(size or self.task.size, seed, self.checkpoints)
 
     def each(self, size: Size | None = None) -> Iterable[tuple[nn.Module, nn.Module]]:
-        """Yield pairs of parents; the first may have another size."""
-        for pair in range(self.pairs):
-            yield self.parent(2 * pair, size), self.parent(2 * pair + 1)
+        """Yield pairs of parents, every two of as few as are needed; the first may have another size."""
+        for right in itertools.count(1):
+            for left in range(right):
+                if right * (right - 1) // 2 + left >= self.pairs:
+                    return
+                yield self.parent(left, size), self.parent(right)
 
     def add(self, scores: Scores, name: str, *models: nn.Module) -> None:
         """Enter a network, or an ensemble."""
@@ -106,6 +120,39 @@ def one_shot(study: Study) -> Scores:
         )
         for name, options in settings:
             study.add(scores, name, fuse(study.task, [left, right], right, **options))
+    return scores
+
+
+def stages(study: Study) -> Scores:
+    """Add one stage after the other: nothing, permutations, rotations, repair, learning."""
+    scores: Scores = {}
+    for left, right in study.each():
+        parents = [study.task.score(model) for model in (left, right)]
+        middle = sum(loss for _, loss in parents) / 2
+        for name, found in zip(("better parent", "worse parent"), sorted(parents, reverse=True), strict=True):
+            scores.setdefault(name, []).append(found)
+        study.add(scores, "ensemble", left, right)
+        settings: tuple[tuple[str, dict[str, Any]], ...] = (
+            ("vanilla average", {"method": "vanilla"}),
+            ("reference, Sinkhorn, activations", fxfusion.reference()),
+            ("reference, EMD, weights", fxfusion.reference("weights", "hard")),
+            ("weight matching (Git Re-Basin)", {"method": "permutation", "features": "weights"}),
+            ("permutations", {"method": "permutation"}),
+            ("permutations, units repaired", {"method": "permutation", "repair": "units"}),
+            ("rotations", {"method": "orthogonal"}),
+            ("rotations, units repaired", {"method": "orthogonal", "repair": "units"}),
+            ("auto", {"method": "auto"}),
+            ("learned", {"method": "learned", "refine": study.refinement, "samples": study.refined_on}),
+        )
+        for name, options in settings:
+            start = time.perf_counter()
+            fused = fuse(study.task, [left, right], right, **options)
+            seconds = time.perf_counter() - start
+            accuracy, loss = study.task.score(fused)
+            scores.setdefault(name, []).append((accuracy, loss, loss - middle, seconds))
+            Console(stderr=True).print(
+                f"{name}: {accuracy:.2f} % {loss:.4f} {seconds:.0f} s", highlight=False
+            )
     return scores
 
 
@@ -329,6 +376,7 @@ def landscape(study: Study) -> Scores:
 
 TABLES: dict[str, Callable[[Study], Scores]] = {
     "one-shot": one_shot,
+    "stages": stages,
     "residual": residual,
     "query-key": query_key,
     "samples": samples,
@@ -349,11 +397,17 @@ def _range(values: list[float], digits: int) -> str:
     return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def _cells(scores: Scores) -> list[tuple[str, str, str]]:
-    return [
-        (name, _range([item[0] for item in found], 1), _range([item[1] for item in found], 3))
-        for name, found in scores.items()
-    ]
+def _columns(scores: Scores) -> tuple[str, ...]:
+    return COLUMNS[: max(len(item) for found in scores.values() for item in found)]
+
+
+def _cells(scores: Scores) -> list[list[str]]:
+    count = len(_columns(scores))
+    rows = []
+    for name, found in scores.items():
+        cells = [_range(list(values), digits) for values, digits in zip(zip(*found), DIGITS)]  # noqa: B905
+        rows.append([name, *cells, *[""] * (count - len(cells))])
+    return rows
 
 
 def _section(table: str, task: Task, command: str, scores: Scores, picture: Path | None) -> str:
@@ -365,9 +419,9 @@ def _section(table: str, task: Task, command: str, scores: Scores, picture: Path
         "",
         f"Pairs of parents: {count} ({task.size}, {task.steps} steps).",
         "",
-        "| | accuracy, % | loss |",
-        "|---|---|---|",
-        *(f"| {name} | {accuracy} | {loss} |" for name, accuracy, loss in _cells(scores)),
+        f"| | {' | '.join(_columns(scores))} |",
+        f"|---|{'---|' * len(_columns(scores))}",
+        *(f"| {' | '.join(row)} |" for row in _cells(scores)),
     ]
     if picture is not None:
         lines += ["", f"![{table}, {task.name}]({picture.name})"]
@@ -390,6 +444,8 @@ def main(
     pairs: Annotated[int, typer.Option(min=1, help="Pairs of parents.")] = 3,
     steps: Annotated[int | None, typer.Option(help="Training steps of a parent.")] = None,
     tuning_steps: Annotated[int, typer.Option(help="Steps of further training.")] = 200,
+    refine: Annotated[int, typer.Option(help="Steps in which transports are learned.")] = 400,
+    samples: Annotated[int, typer.Option(help="Unlabelled samples that they are learned on.")] = 2000,
     checkpoints: Annotated[Path | None, typer.Option(help="Where parents are kept.")] = None,
     output: Annotated[Path | None, typer.Option(help="Markdown file to write the table to.")] = None,
 ) -> None:
@@ -401,16 +457,18 @@ def main(
     if steps is not None:
         found = dataclasses.replace(found, steps=steps)
     place = output.parent if output is not None else Path()
-    study = Study(found, pairs, checkpoints, tuning_steps, place / f"landscape-{task}.png")
+    picture = place / f"landscape-{task}.png"
+    learning = fxfusion.Refinement(steps=refine)
+    study = Study(found, pairs, checkpoints, tuning_steps, picture, learning, samples)
     scores = TABLES[table](study)
-    shown = Table("network", "accuracy, %", "loss", title=f"{table}, {task}")
+    shown = Table("network", *_columns(scores), title=f"{table}, {task}")
     for row in _cells(scores):
         shown.add_row(*row)
     Console().print(shown)
     if output is not None:
         command = " ".join(["python examples/paper/run.py", *_shown(sys.argv[1:])])
-        picture = study.picture if table == "landscape" else None
-        write(output, f"{table}, {task}", _section(table, found, command, scores, picture))
+        drawn = picture if table == "landscape" else None
+        write(output, f"{table}, {task}", _section(table, found, command, scores, drawn))
 
 
 def _shown(arguments: list[str]) -> list[str]:

@@ -98,7 +98,7 @@ class Task:
     def calibration(self, count: int) -> list[dict[str, torch.Tensor]]:
         """Return unlabelled examples in batches, drawn from the training data."""
         order = torch.randperm(len(self.train[0]), generator=torch.Generator().manual_seed(0))[:count]
-        return [{self.inputs: batch} for batch in self.train[0][order].split(50)]
+        return [{self.inputs: batch} for batch in self.train[0][order].split(100)]
 
     def logits(self, model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
         """Return a network's logits."""

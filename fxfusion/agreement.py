@@ -1,0 +1,214 @@
+"""How far a network's outputs are from the average of its parents': what can be judged without labels.
+
+Logits are compared as probabilities: the Kullback-Leibler divergence from the parents' mean softmax, in nats
+per prediction. Other outputs are compared as they are: the squared distance from the parents' mean, relative
+to how much that varies. What is averaged are outputs, as an ensemble does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+
+from fxfusion.calibration import Batches, Inputs
+from fxfusion.capture import Capture
+from fxfusion.execution import Program
+from fxfusion.pairing import Parent
+
+MEMORY = 256 * 2**20  # bytes of inputs and outputs that are kept rather than computed anew
+
+
+@dataclasses.dataclass(frozen=True)
+class Distance:
+    """What outputs are compared by.
+
+    Attributes
+    ----------
+    classes : dict of int to int
+        Axis of classes of every flat output that is taken as logits.
+    values : tuple of int
+        Flat positions of the other outputs.
+
+    Examples
+    --------
+    >>> distance = Distance({0: -1}, ())
+    >>> logits = torch.tensor([[0.0, 0.0]])
+    >>> float(distance([logits], distance.average([[logits], [logits]], [0.5, 0.5])))
+    0.0
+    """
+
+    classes: dict[int, int]
+    values: tuple[int, ...]
+
+    @classmethod
+    def of(cls, capture: Capture, outputs: frozenset[int], example: Sequence[Any]) -> Distance:
+        """Return the distance for a model's outputs.
+
+        Outputs named logits are logits, and so is the only output of a model; classes are their last axis,
+        of images (four axes) their second.
+
+        Parameters
+        ----------
+        capture : Capture
+        outputs : frozenset of int
+            Flat positions of those that count.
+        example : sequence
+            Flat outputs of some batch.
+        """
+        real = [
+            index
+            for index in sorted(outputs)
+            if isinstance(example[index], torch.Tensor) and example[index].is_floating_point()
+        ]
+        classes = {}
+        for index in real:
+            output = example[index]
+            named = "logits" in capture.outputs[index] or len(real) == 1
+            axis = 1 if output.ndim == 4 else -1
+            if named and output.ndim > 1 and output.shape[axis] > 1:
+                classes[index] = axis
+        return cls(classes, tuple(index for index in real if index not in classes))
+
+    def average(self, parents: Sequence[Sequence[Any]], weights: Sequence[float]) -> list[torch.Tensor]:
+        """Return the parents' average: probabilities, then values."""
+        total: list[torch.Tensor] = []
+        for index, axis in self.classes.items():
+            total.append(
+                sum(
+                    weight * parent[index].float().softmax(axis)
+                    for parent, weight in zip(parents, weights, strict=True)
+                )
+            )
+        for index in self.values:
+            total.append(
+                sum(weight * parent[index].float() for parent, weight in zip(parents, weights, strict=True))
+            )
+        return total
+
+    def __call__(self, outputs: Sequence[Any], average: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the distance of outputs from an average, summed over outputs."""
+        total = torch.zeros((), device=average[0].device if average else None)
+        for (index, axis), expected in zip(self.classes.items(), average, strict=False):
+            found = outputs[index].float().log_softmax(axis)
+            surprise = expected * (expected.clamp_min(torch.finfo(expected.dtype).tiny).log() - found)
+            divergence = torch.where(expected > 0, surprise, torch.zeros_like(surprise)).sum(axis)
+            total = total + divergence.mean()
+        for index, expected in zip(self.values, average[len(self.classes) :], strict=True):
+            spread = (expected - expected.mean()).square().mean().clamp_min(1e-12)
+            total = total + (outputs[index].float() - expected).square().mean() / spread
+        return total
+
+
+class Lessons:
+    """Calibration batches with the parents' average outputs.
+
+    As far as they fit into memory they are kept; beyond that, batches are read and outputs computed anew.
+
+    Parameters
+    ----------
+    capture : Capture
+    parents : sequence of Parent
+    outputs : frozenset of int
+        Flat positions of the outputs that count.
+    weights : sequence of float
+        The parents' shares.
+    batches : Batches
+    memory : int
+        Bytes that may be kept.
+    """
+
+    def __init__(
+        self,
+        capture: Capture,
+        parents: Sequence[Parent],
+        outputs: frozenset[int],
+        weights: Sequence[float],
+        batches: Batches,
+        memory: int = MEMORY,
+    ) -> None:
+        self.batches = batches
+        self.weights = list(weights)
+        self._runs = [
+            (Program(parent.capture), parent.state)
+            for parent, weight in zip(parents, weights, strict=True)
+            if weight
+        ]
+        self._memory = memory
+        self._kept: list[Inputs] | None = self._keep()
+        self._averages: dict[int, list[torch.Tensor]] = {}
+        self.distance = Distance.of(capture, outputs, self._parents(next(iter(batches)))[0])
+
+    def _keep(self) -> list[Inputs] | None:
+        kept, size = [], 0
+        for inputs in self.batches:
+            size += _bytes(inputs)
+            if size > self._memory:
+                return None
+            kept.append(inputs)
+        return kept
+
+    def _parents(self, inputs: Inputs) -> list[list[Any]]:
+        return [program.run([state], *inputs)[0] for program, state in self._runs]
+
+    def average(self, position: int, inputs: Inputs) -> list[torch.Tensor]:
+        """Return the parents' average outputs for a batch.
+
+        Parameters
+        ----------
+        position : int
+            The batch's place among all.
+        inputs : tuple
+            Args and kwargs.
+        """
+        known = self._averages.get(position) if self._kept is not None else None
+        if known is None:
+            shares = [weight for weight in self.weights if weight]
+            known = self.distance.average(self._parents(inputs), shares)
+            held = sum(map(_bytes, self._averages.values()))
+            if self._kept is not None and held + _bytes(known) <= self._memory:
+                self._averages[position] = known
+        return known
+
+    def once(self) -> Iterator[tuple[int, Inputs]]:
+        """Yield every batch with its position."""
+        return enumerate(self.batches if self._kept is None else self._kept)
+
+    def endless(self, first: int) -> Iterator[tuple[int, Inputs]]:
+        """Yield the batches from position ``first`` on, again and again."""
+        while True:
+            empty = True
+            for position, inputs in itertools.islice(self.once(), first, None):
+                empty = False
+                yield position, inputs
+            if empty:
+                return
+
+    def judge(self, run: Callable[[Inputs], Sequence[Any]], limit: int | None = None) -> float:
+        """Return the mean distance of a network from the parents' average.
+
+        Parameters
+        ----------
+        run : callable
+            Gives the network's flat outputs for a batch.
+        limit : int, optional
+            How many batches count, from the first on; by default all.
+        """
+        with torch.no_grad():
+            found = [
+                float(self.distance(run(inputs), self.average(position, inputs)))
+                for position, inputs in itertools.islice(self.once(), limit)
+            ]
+        return sum(found) / len(found)
+
+
+def _bytes(values: Any) -> int:
+    return sum(
+        leaf.numel() * leaf.element_size()
+        for leaf in pytree.tree_leaves(values)
+        if isinstance(leaf, torch.Tensor)
+    )

@@ -1,0 +1,492 @@
+"""Transports refined on unlabelled data: the merged network learns what its parents say on average.
+
+Closed forms compare one layer at a time. Here every space of an aligned parent gets a further element of its
+own group: of rotations by the Cayley transform (inside the complement of the ones vector where the mean must
+stay), of permutations by an assignment forward and scores backward (straight-through, Bengio et al. 2013).
+Merged networks at random points near the wanted average are run on calibration data and brought to the
+parents' average outputs by gradient descent on these elements alone. The group is never left, so the aligned
+parents compute what they did.
+
+After Ainsworth, Hayase and Srinivasa, Git Re-Basin, ICLR 2023, section 3.3 (permutations), and Theus et al.,
+Generalized Linear Mode Connectivity for Transformers, NeurIPS 2025 (rotations).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import fx
+from torch.nn import functional
+
+from fxfusion.agreement import Lessons
+from fxfusion.atomic import replacing
+from fxfusion.capture import Capture
+from fxfusion.errors import CheckpointError, OptionError
+from fxfusion.execution import Program
+from fxfusion.plan import Plan, Space, Symmetry
+from fxfusion.progress import Progress, silent
+from fxfusion.repair import batch_norms, measured_norms
+from fxfusion.rules.registry import operator_name
+from fxfusion.symmetry import act
+from fxfusion.transport.assignment import assign
+from fxfusion.transport.map import HardMap, Map, SoftMap, apart
+from fxfusion.transport.rotation import complement
+
+State = Mapping[str, torch.Tensor]
+
+EVALUATIONS = 10
+PATIENCE = 3  # evaluations without an improvement, after which learning stops
+_HELD_OUT = 10  # one batch in so many judges, and is not learned from
+_SCORES = 0.1  # step size of scores, relative to that of rotations
+_MARGIN = 20.0  # steps by which scores first favour the unit in its own place
+_WARM_UP = 20
+_TINY = 1e-12
+
+
+@dataclasses.dataclass(frozen=True)
+class Refinement:
+    """How transports are refined.
+
+    Parameters
+    ----------
+    steps : int
+        Gradient steps at most, one calibration batch each.
+    rate : float
+        Largest step size (Adam, cosine decay) of rotations.
+    spread : float
+        How far the points at which the merged network is run lie from the wanted average, in [0, 1]: their
+        shares are ``(1 - spread) * weights + spread * random``.
+    checkpoint : path, optional
+        A safetensors file from which an interrupted refinement goes on, written now and then.
+
+    Raises
+    ------
+    OptionError
+        If a value is out of range.
+
+    Examples
+    --------
+    >>> Refinement(steps=100).spread
+    0.2
+    """
+
+    steps: int = 400
+    rate: float = 0.01
+    spread: float = 0.2
+    checkpoint: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise OptionError(f"steps={self.steps!r}: give a number above 0")
+        if not 0 < self.rate < math.inf:
+            raise OptionError(f"rate={self.rate!r}: give a positive number")
+        if not 0 <= self.spread <= 1:
+            raise OptionError(f"spread={self.spread!r}: give a number from 0 to 1")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Refined:
+    """What refinement found.
+
+    Attributes
+    ----------
+    maps : list
+        Per parent, further transports within the target's basis; None for the target.
+    before, after : float
+        Distance of the merged network from the parents' average outputs, on batches that were not learned
+        from (see :mod:`fxfusion.agreement`).
+    steps : int
+        Steps that were taken.
+    """
+
+    maps: list[dict[str, Map] | None]
+    before: float
+    after: float
+    steps: int
+
+
+class _Turn:
+    """A rotation per unit of the outer spaces, near the identity."""
+
+    def __init__(self, plan: Plan, space: Space, device: torch.device) -> None:
+        self.space = space
+        self.centred = space.symmetry is Symmetry.CENTRED
+        outer = [plan.scope_size(name) for name in space.scope]
+        size = space.size - self.centred
+        self.parameter = torch.zeros(*outer, size, size, device=device, requires_grad=True)
+
+    def map(self, parameter: torch.Tensor) -> Map:
+        """Return the transport at a value of the parameter, in its precision."""
+        skew = parameter - parameter.mT
+        eye = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
+        rotation = torch.linalg.solve(eye - skew, eye + skew)
+        if self.centred:
+            basis = complement(self.space.size).to(skew)
+            rotation = basis @ rotation @ basis.mT + 1.0 / self.space.size
+        turned = apart(rotation, len(self.space.scope))
+        return SoftMap(self.space.scope, turned, turned)
+
+    def final(self, parameter: torch.Tensor) -> Map:
+        """Return the transport to keep."""
+        return self.map(parameter.double())
+
+
+class _Swap:
+    """A permutation per unit of the outer spaces: the assignment of largest total score."""
+
+    def __init__(self, plan: Plan, space: Space, device: torch.device, margin: float) -> None:
+        self.space = space
+        outer = [plan.scope_size(name) for name in space.scope]
+        scores = margin * torch.eye(space.size, device=device)
+        self.parameter = scores.expand(*outer, -1, -1).clone().requires_grad_()
+
+    def _index(self, parameter: torch.Tensor) -> torch.Tensor:
+        index, _ = assign(-parameter.detach().reshape(-1, *parameter.shape[-2:]).cpu())
+        return index.reshape(parameter.shape[:-1])
+
+    def map(self, parameter: torch.Tensor) -> Map:
+        """Return the transport; its gradient is taken as that of the scores."""
+        index = self._index(parameter).to(parameter.device)
+        hard = functional.one_hot(index, parameter.shape[-1]).to(parameter.dtype)
+        coupled = apart(hard + (parameter - parameter.detach()), len(self.space.scope))
+        return SoftMap(self.space.scope, coupled, coupled)
+
+    def final(self, parameter: torch.Tensor) -> Map:
+        """Return the transport to keep."""
+        return HardMap(self.space.scope, self._index(parameter))
+
+
+_Element = _Turn | _Swap
+
+
+def refine(
+    plan: Plan,
+    capture: Capture,
+    aligned: Sequence[State],
+    target: int,
+    weights: Sequence[float],
+    lessons: Lessons,
+    options: Refinement,
+    seed: int = 0,
+    renormalised: bool = True,
+    progress: Progress = silent,
+) -> Refined:
+    """Refine the alignment of all parents but the target.
+
+    Spaces below which others lie (heads) stay as they are aligned.
+
+    Parameters
+    ----------
+    plan : Plan
+        The target's.
+    capture : Capture
+        The target's.
+    aligned : sequence of mapping
+        The parents' weights in the target's basis.
+    target : int
+    weights : sequence of float
+        The parents' shares.
+    lessons : Lessons
+        Calibration data with the parents' average outputs.
+    options : Refinement
+    seed : int
+        Draws the points at which merged networks are run.
+    renormalised : bool
+        Whether batch normalisations will be given the merged network's own statistics.
+    progress : callable, optional
+
+    Returns
+    -------
+    Refined
+
+    Raises
+    ------
+    CheckpointError
+        If the checkpoint to go on from is of another refinement, or damaged.
+    """
+    learner = _Learner(
+        plan, capture, aligned, target, list(weights), lessons, options, seed, renormalised, progress
+    )
+    return learner.run()
+
+
+class _Learner:
+    def __init__(
+        self,
+        plan: Plan,
+        capture: Capture,
+        aligned: Sequence[State],
+        target: int,
+        weights: list[float],
+        lessons: Lessons,
+        options: Refinement,
+        seed: int,
+        renormalised: bool,
+        progress: Progress,
+    ) -> None:
+        self.plan, self.aligned, self.target, self.weights = plan, aligned, target, weights
+        self.lessons, self.options, self.seed, self.progress = lessons, options, seed, progress
+        self.program = Program(capture)
+        self.norms = batch_norms(capture) if renormalised else {}
+        if self.norms:
+            self._see_norms()
+        outer = {name for space in plan.spaces for name in space.scope}
+        device = next((tensor.device for tensor in aligned[target].values()), torch.device("cpu"))
+        margin = options.rate * _SCORES * _MARGIN
+        self.elements: dict[int, list[_Element]] = {
+            index: [
+                _Turn(plan, space, device) if space.symmetry.rotates else _Swap(plan, space, device, margin)
+                for space in plan.spaces
+                if space.name not in outer and space.size > 1
+            ]
+            for index in range(len(aligned))
+            if index != target
+        }
+        self.parameters = [element.parameter for elements in self.elements.values() for element in elements]
+        self.held_out = max(len(lessons.batches) // _HELD_OUT, 1)
+
+    def _see_norms(self) -> None:
+        """Give every parent, beside its stored statistics, those of the calibration data.
+
+        They lie in its units as the stored ones do, so that transports carry them along.
+        """
+        seen = measured_norms(
+            self.program, self.norms, self.aligned, (item for _, item in self.lessons.once())
+        )
+        layouts = dict(self.plan.layouts)
+        for names in self.norms.values():
+            layouts |= {_seen(name): layouts[name] for name in names if name in layouts}
+        self.plan = dataclasses.replace(self.plan, layouts=layouts)
+        self.aligned = [
+            {**state, **{_seen(name): values for name, values in statistics.items()}}
+            for state, statistics in zip(self.aligned, seen, strict=True)
+        ]
+
+    def run(self) -> Refined:
+        if not self.parameters:
+            distance = self._judge()
+            return Refined([None] * len(self.aligned), distance, distance, 0)
+        options, steps = self.options, self.options.steps
+        optimizer = torch.optim.Adam(
+            [
+                {
+                    "params": [element.parameter],
+                    "lr": options.rate * (_SCORES if isinstance(element, _Swap) else 1.0),
+                }
+                for elements in self.elements.values()
+                for element in elements
+            ]
+        )
+        rates = [group["lr"] for group in optimizer.param_groups]
+        memory = _Memory(options, self._fingerprint(), self.parameters, optimizer)
+        begun = memory.load()
+        if begun is None:
+            before = self._judge()
+            memory.best, memory.least, memory.before = self._snapshot(), before, before
+        interval = max(steps // EVALUATIONS, _WARM_UP)
+        for position, inputs in itertools.islice(self._batches(), memory.step, None):
+            if memory.step >= steps or memory.stale >= PATIENCE:
+                break
+            # Rates, shares and data depend on the step alone, so that an interrupted run goes on as it would.
+            decay = min((memory.step + 1) / _WARM_UP, 0.5 + 0.5 * math.cos(math.pi * memory.step / steps))
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * decay
+            loss = self._loss(position, inputs, self._shares(memory.step))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            memory.step += 1
+            self.progress("refine", memory.step, steps)
+            if memory.step % interval == 0 or memory.step == steps:
+                distance = self._judge()
+                memory.stale += 1
+                if distance < memory.least:
+                    memory.best, memory.least, memory.stale = self._snapshot(), distance, 0
+                memory.save()
+        found = self._final(memory.best)
+        return Refined(found, memory.before, memory.least, memory.step)
+
+    def _batches(self) -> Iterator[tuple[int, Any]]:
+        """Yield what is learned from: what does not judge, or that, too, if it is all there is."""
+        found = self.lessons.endless(self.held_out)
+        first = next(found, None)
+        return self.lessons.endless(0) if first is None else itertools.chain([first], found)
+
+    def _shares(self, step: int) -> list[float]:
+        """Draw shares near the wanted ones, uniformly in the simplex around them."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        drawn = torch.empty(len(self.weights)).exponential_(generator=generator)
+        spread = self.options.spread
+        return [
+            (1 - spread) * weight + spread * share
+            for weight, share in zip(self.weights, (drawn / drawn.sum()).tolist(), strict=True)
+        ]
+
+    def _merged(self, shares: Sequence[float]) -> dict[str, torch.Tensor]:
+        states = []
+        for index, state in enumerate(self.aligned):
+            if index != self.target:
+                maps = {item.space.name: item.map(item.parameter) for item in self.elements[index]}
+                state = act(self.plan, maps, state)
+            states.append(state)
+        merged = {}
+        for name, own in states[self.target].items():
+            if not own.is_floating_point():
+                merged[name] = own
+                continue
+            total = torch.zeros_like(own)
+            for share, state in zip(shares, states, strict=True):
+                total = total + share * state[name]
+            merged[name] = torch.where(own.isinf(), own, total)  # infinite limits are alike in all
+        return merged
+
+    def _outputs(self, state: State, inputs: Any) -> Sequence[Any]:
+        last: list[list[Any]] = []
+        override = _renormalised(state, self.norms) if self.norms else None
+        args, kwargs = inputs
+        for node, values in self.program.steps([state], args, kwargs, override):
+            if node.op == "output":
+                last = values
+        return last[0]
+
+    def _loss(self, position: int, inputs: Any, shares: Sequence[float]) -> torch.Tensor:
+        outputs = self._outputs(self._merged(shares), inputs)
+        return self.lessons.distance(outputs, self.lessons.average(position, inputs))
+
+    def _judge(self) -> float:
+        """Return the distance of the wanted average on what is not learned from."""
+        with torch.no_grad():
+            merged = self._merged(self.weights)
+        return self.lessons.judge(lambda inputs: self._outputs(merged, inputs), self.held_out)
+
+    def _snapshot(self) -> list[torch.Tensor]:
+        return [parameter.detach().clone() for parameter in self.parameters]
+
+    def _final(self, values: Sequence[torch.Tensor]) -> list[dict[str, Map] | None]:
+        left = iter(values)
+        with torch.no_grad():
+            return [
+                {element.space.name: element.final(next(left)) for element in self.elements[index]}
+                if index in self.elements
+                else None
+                for index in range(len(self.aligned))
+            ]
+
+    def _fingerprint(self) -> str:
+        """Return what tells one refinement from another: its options, its data's number, its weights."""
+        facts = hashlib.sha256(
+            repr(
+                (self.options.rate, self.options.steps, self.options.spread, self.seed, self.weights)
+            ).encode()
+        )
+        for state in self.aligned:
+            for name, tensor in state.items():
+                wide = tensor.detach().double()
+                facts.update(f"{name} {tuple(tensor.shape)} {wide.sum()!r} {wide.abs().sum()!r}".encode())
+        return facts.hexdigest()
+
+
+class _Memory:
+    """What a refinement goes on from: values, the optimizer's moments, and the best so far."""
+
+    def __init__(
+        self,
+        options: Refinement,
+        fingerprint: str,
+        parameters: Sequence[torch.Tensor],
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        self.path = None if options.checkpoint is None else Path(options.checkpoint)
+        self.fingerprint = fingerprint
+        self.parameters, self.optimizer = parameters, optimizer
+        self.step = self.stale = 0
+        self.best: list[torch.Tensor] = []
+        self.before = self.least = math.inf
+
+    def save(self) -> None:
+        """Write all of it, if a place was given."""
+        if self.path is None:
+            return
+        tensors = {}
+        for index, parameter in enumerate(self.parameters):
+            moments = self.optimizer.state[parameter]
+            tensors[f"{index}.value"] = parameter.detach()
+            tensors[f"{index}.best"] = self.best[index]
+            tensors[f"{index}.mean"] = moments["exp_avg"]
+            tensors[f"{index}.square"] = moments["exp_avg_sq"]
+        facts = {
+            "fingerprint": self.fingerprint,
+            "step": str(self.step),
+            "stale": str(self.stale),
+            "before": self.before.hex(),
+            "least": self.least.hex(),
+        }
+        with replacing(self.path) as temporary:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, facts)
+
+    def load(self) -> int | None:
+        """Read it, if it is there; return the number of steps taken."""
+        if self.path is None or not self.path.exists():
+            return None
+        try:
+            with safe_open(self.path, "pt") as file:
+                facts = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error}. Remove it to begin anew") from error
+        if facts.get("fingerprint") != self.fingerprint:
+            raise CheckpointError(f"{self.path} is of another refinement: remove it, or give another path")
+        with torch.no_grad():
+            for index, parameter in enumerate(self.parameters):
+                parameter.copy_(tensors[f"{index}.value"])
+                self.best.append(tensors[f"{index}.best"].to(parameter.device))
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(facts["step"])),
+                    "exp_avg": tensors[f"{index}.mean"].to(parameter.device),
+                    "exp_avg_sq": tensors[f"{index}.square"].to(parameter.device),
+                }
+        self.step, self.stale = int(facts["step"]), int(facts["stale"])
+        self.before, self.least = float.fromhex(facts["before"]), float.fromhex(facts["least"])
+        return self.step
+
+
+def _seen(name: str) -> str:
+    """Return under which name a buffer's values on the calibration data are kept."""
+    return f"{name} seen"
+
+
+def _renormalised(
+    state: State, norms: Mapping[str, tuple[str, str]]
+) -> Callable[[fx.Node, int, tuple[Any, ...]], Any]:
+    """Return what normalises as repair will: by stored statistics, corrected by how the batch's differ.
+
+    Stored ones that are corrected only once the network is merged would teach something else.
+    """
+
+    def override(node: fx.Node, index: int, args: tuple[Any, ...]) -> Any:
+        if node.name not in norms:
+            return None
+        x, weight, bias, mean, variance = args[:5]
+        expected = [state[_seen(name)].to(x.dtype) for name in norms[node.name]]
+        axes = [axis for axis in range(x.ndim) if axis != 1]
+        mean = mean + x.mean(axes) - expected[0]
+        variance = variance * x.var(axes, correction=0) / expected[1].clamp_min(_TINY)
+        tuple_valued = operator_name(node.target) != "batch_norm"
+        epsilon = args[6] if tuple_valued else args[7]
+        shape = [1, -1, *[1] * (x.ndim - 2)]
+        normal = (x - mean.reshape(shape)) * (variance + epsilon).rsqrt().reshape(shape)
+        normal = normal if weight is None else normal * weight.reshape(shape)
+        normal = normal if bias is None else normal + bias.reshape(shape)
+        return (normal, x.new_zeros(0), x.new_zeros(0)) if tuple_valued else normal
+
+    return override

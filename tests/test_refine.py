@@ -1,0 +1,331 @@
+"""Transports learned on unlabelled data: they lead to the parents' outputs, and never out of the group."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+from torch.nn import functional
+
+import fxfusion
+from fxfusion import Refinement
+from fxfusion.agreement import Distance, Lessons
+from fxfusion.calibration import Batches
+from fxfusion.errors import CalibrationRequiredError, CheckpointError, OptionError
+from fxfusion.execution import Program
+from fxfusion.methods import METHODS
+from fxfusion.passes.align import Align
+from fxfusion.passes.apply_transports import ApplyTransports
+from fxfusion.passes.fold_norms import FoldNorms
+from fxfusion.passes.normalize import Normalize
+from fxfusion.passes.pair import Pair
+from fxfusion.passes.propagate import Propagate
+from fxfusion.passes.refine import Refine
+from fxfusion.state import state_of
+from fxfusion.symmetry import act
+from fxfusion.transport import learned
+from fxfusion.transport.map import HardMap, SoftMap
+from fxfusion.transport.rotation import random_rotation
+from tests import zoo
+
+
+def aligned(
+    name: str, turning: bool = True, samples: int = 32, seeds: tuple[int, int] = (0, 1)
+) -> tuple[fx.GraphModule, Batches]:
+    """Return a graph module with two aligned parents, and calibration batches of eight samples."""
+    models = [zoo.build(name, seed) for seed in seeds]
+    for model in models:  # outputs of random networks hardly differ
+        if isinstance(head := getattr(model, "classifier", None), nn.Linear):
+            head.weight.data.mul_(20)
+    module = fxfusion.prepare(models[1], *zoo.inputs(name, 2))
+    batches = Batches(state_of(module).capture, [batch(name, seed) for seed in range(samples // 8)])
+    passes = [Normalize(), Propagate(), Pair([dict(model.state_dict()) for model in models], 1)]
+    passes += [FoldNorms()] if turning else []
+    for item in [*passes, Align(batches), ApplyTransports()]:
+        module = item(module).graph_module
+    return module, batches
+
+
+def batch(name: str, seed: int) -> Any:
+    args, kwargs = zoo.inputs(name, 8, seed)
+    return kwargs or args
+
+
+# -- distances ----------------------------------------------------------------------------------------
+
+
+def test_logits_are_compared_as_torch_does() -> None:
+    generator = torch.Generator().manual_seed(0)
+    parents = [[torch.randn(5, 7, generator=generator)] for _ in range(3)]
+    fused = [torch.randn(5, 7, generator=generator)]
+    distance = Distance({0: -1}, ())
+    average = distance.average(parents, [0.5, 0.25, 0.25])
+    expected = torch.stack([parent[0] for parent in parents]).softmax(-1)
+    expected = (torch.tensor([0.5, 0.25, 0.25])[:, None, None] * expected).sum(0)
+    torch.testing.assert_close(average[0], expected)
+    divergence = functional.kl_div(fused[0].log_softmax(-1), expected, reduction="batchmean")
+    torch.testing.assert_close(distance(fused, average), divergence)
+
+
+def test_classes_that_are_ruled_out_do_not_count() -> None:
+    logits = [torch.tensor([[0.0, 1.0, float("-inf")]])]
+    distance = Distance({0: -1}, ())
+    assert float(distance(logits, distance.average([logits], [1.0]))) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_values_are_compared_relative_to_their_spread() -> None:
+    values = torch.arange(8.0).reshape(2, 4)
+    distance = Distance({}, (0,))
+    average = distance.average([[values - 1], [values + 1]], [0.5, 0.5])
+    torch.testing.assert_close(average[0], values)
+    assert float(distance([values + 2], average)) == pytest.approx(4 / float(values.var(correction=0)))
+    assert float(distance([10 * (values + 2)], [10 * values])) == pytest.approx(
+        4 / float(values.var(correction=0))
+    )
+
+
+def test_data_beyond_memory_are_read_anew_and_say_the_same() -> None:
+    module, batches = aligned("hf_vit")
+    state = state_of(module)
+    program = Program(state.capture)
+    found = []
+    for memory in (0, 2**30):
+        lessons = Lessons(state.capture, state.parents, state.outputs, [0.5, 0.5], batches, memory)
+        found.append(lessons.judge(lambda inputs: program.run([state.aligned[0]], *inputs)[0]))
+        assert [position for position, _ in lessons.once()] == [0, 1, 2, 3]
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    assert found[0] > 0
+
+
+# -- refinement ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["hf_vit", "llama", "bert"])
+def test_the_parents_keep_their_function_and_the_average_comes_closer(name: str) -> None:
+    module, batches = aligned(name)
+    before = state_of(module).aligned[0]
+    module = Refine(batches, Refinement(steps=60))(module).graph_module
+    state = state_of(module)
+    assert state.refined is not None
+    assert state.refined.after < state.refined.before
+    after = state.aligned[0]
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+    program = Program(state.capture)
+    args, kwargs = next(iter(batches))
+    old, new = program.run([before, after], args, kwargs)
+    for index in state.outputs:
+        torch.testing.assert_close(new[index], old[index], rtol=1e-4, atol=1e-5)
+
+
+class Small(nn.Module):
+    """Convolutions with batch normalisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6), nn.ReLU()
+        )
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(4 * self.body(x).mean((-2, -1)))
+
+
+def test_batch_normalisations_are_those_of_the_merged_network() -> None:
+    """What is judged while learning is what repair makes of the average."""
+    torch.manual_seed(0)
+    models = [Small(), Small()]
+    data = [torch.randn(16, 1, 8, 8) for _ in range(4)]
+    for model in models:
+        for x in data:
+            model(x)
+        model.eval()
+    result = fxfusion.fuse(models, (data[0],), calibration=data, refine=60)
+    told = next(note for note in result.report.notes if "refined" in note)
+    before, after = (float(told.split(word)[0].split()[-1]) for word in (" before", " after"))
+    assert after <= before
+    parents = [torch.softmax(model(data[0]), -1) for model in models]
+    expected = (parents[0] + parents[1]) / 2
+    fused = result.module(data[0]).log_softmax(-1)
+    divergence = functional.kl_div(fused, expected, reduction="batchmean")
+    assert float(divergence.detach()) == pytest.approx(after, rel=0.3)
+
+
+def test_a_planted_rotation_is_undone() -> None:
+    """The other parent is the target itself, a little turned within the group."""
+    module, batches = aligned("hf_vit", seeds=(1, 1))
+    state = state_of(module)
+    assert state.plan is not None
+    space = next(space for space in state.plan.spaces if space.symmetry.rotates and not space.scope)
+    drawn = random_rotation(space.size, torch.Generator().manual_seed(0), True)[0]
+    skew = 0.3 * (drawn - drawn.mT)
+    skew = skew - skew.mean(0, keepdim=True) - skew.mean(1, keepdim=True) + skew.mean()
+    turned = torch.linalg.matrix_exp(skew)
+    state.aligned = [
+        act(state.plan, {space.name: SoftMap((), turned, turned)}, state.aligned[1]),
+        state.aligned[1],
+    ]
+    module = Refine(batches, Refinement(steps=150, spread=0.0))(module).graph_module
+    refined = state_of(module).refined
+    assert refined is not None
+    assert refined.before > 1e-4
+    assert refined.after < 0.02 * refined.before
+
+
+def test_a_permutation_is_learned_through_its_scores() -> None:
+    """Forward the best assignment, backward the scores' own gradient."""
+    plan = fxfusion.plan(zoo.build("perceptron", 0), *zoo.inputs("perceptron"))
+    space = plan.spaces[0]
+    swap = learned._Swap(plan, space, torch.device("cpu"), margin=0.5)
+    first = swap.map(swap.parameter)
+    assert isinstance(first, SoftMap)
+    torch.testing.assert_close(first.write, torch.eye(space.size))
+    wanted = torch.eye(space.size).roll(1, 0)
+    optimizer = torch.optim.SGD([swap.parameter], lr=0.1)
+    for _ in range(10):
+        found = swap.map(swap.parameter)
+        assert isinstance(found, SoftMap)
+        loss = -(found.write * wanted).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.testing.assert_close(swap.parameter.grad, -wanted)
+        optimizer.step()
+    last = swap.final(swap.parameter)
+    assert isinstance(last, HardMap)
+    assert last.index.tolist() == wanted.argmax(-1).tolist()
+
+
+def test_an_interrupted_refinement_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = Refinement(steps=50, checkpoint=tmp_path / "refinement.safetensors")
+    module, batches = aligned("hf_vit")
+    start = list(state_of(module).aligned)
+    whole = state_of(Refine(batches, dataclasses.replace(options, checkpoint=None))(module).graph_module)
+
+    class Interruption(Exception):
+        pass
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "refine" and done == 31:
+            raise Interruption
+
+    again, batches = aligned("hf_vit")
+    with pytest.raises(Interruption):
+        Refine(batches, options, progress=stop)(again)
+    steps: list[int] = []
+    state_of(again).aligned = start
+    resumed = Refine(batches, options, progress=lambda stage, done, total: steps.append(done))(again)
+    assert steps[0] == 21
+    found = state_of(resumed.graph_module)
+    for name, tensor in whole.aligned[0].items():
+        torch.testing.assert_close(found.aligned[0][name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_a_checkpoint_of_another_refinement_is_refused(tmp_path: Path) -> None:
+    place = tmp_path / "refinement.safetensors"
+    module, batches = aligned("hf_vit")
+    start = list(state_of(module).aligned)
+    Refine(batches, Refinement(steps=4, checkpoint=place))(module)
+    state_of(module).aligned = start
+    with pytest.raises(CheckpointError, match="another refinement"):
+        Refine(batches, Refinement(steps=5, checkpoint=place))(module)
+    place.write_bytes(place.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        Refine(batches, Refinement(steps=4, checkpoint=place))(module)
+
+
+def test_nothing_to_learn_is_no_error() -> None:
+    model = nn.Linear(3, 2)
+    x = torch.randn(4, 3)
+    result = fxfusion.fuse([model, copy.deepcopy(model)], (x,), calibration=[x], refine=2)
+    torch.testing.assert_close(result.state_dict()["weight"], model.weight.detach())
+
+
+def test_what_does_not_help_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps far too large lead away: the alignment that was there stays, and learning ends early."""
+    monkeypatch.setattr(learned, "_WARM_UP", 10)
+    module, batches = aligned("hf_vit", seeds=(1, 1))
+    before = state_of(module).aligned[0]
+    state = state_of(Refine(batches, Refinement(steps=100, rate=5.0))(module).graph_module)
+    assert state.refined is not None
+    assert state.refined.steps == 10 * learned.PATIENCE
+    for name, tensor in before.items():
+        torch.testing.assert_close(state.aligned[0][name], tensor, rtol=1e-6, atol=1e-7)
+
+
+# -- methods ------------------------------------------------------------------------------------------
+
+
+def pair(name: str = "hf_vit") -> dict[str, Any]:
+    args, kwargs = zoo.inputs(name, 2)
+    models = [zoo.build(name, seed) for seed in range(2)]
+    return {"models": models, "args": args, "kwargs": kwargs, "calibration": [batch(name, 0)]}
+
+
+def test_vanilla_is_the_average() -> None:
+    given = pair()
+    state = fxfusion.fuse(**given, method="vanilla").state_dict()
+    for name, tensor in state.items():
+        both = [model.state_dict()[name] for model in given["models"]]
+        torch.testing.assert_close(tensor, (both[0] + both[1]) / 2)
+
+
+@pytest.mark.parametrize("name", ["hf_vit", "perceptron"])
+def test_auto_is_the_best_of_what_it_tries(name: str) -> None:
+    given = pair(name)
+    result = fxfusion.fuse(**given, method="auto")
+    told = result.report.notes[-1]
+    assert told.startswith("chosen by distance")
+    distances = {
+        method: float(value)
+        for method, value in (item.rsplit(": ", 1) for item in told.partition("data: ")[2].split("; "))
+    }
+    assert list(distances.values()) == sorted(distances.values())
+    assert {"vanilla", "permutation", "orthogonal, units repaired"} <= distances.keys()
+    best, _, units = next(iter(distances)).partition(", ")
+    alone = fxfusion.fuse(**given, method=best, repair="units" if units else None)
+    for key, tensor in alone.state_dict().items():
+        torch.testing.assert_close(result.state_dict()[key], tensor)
+    for key, tensor in result.module.state_dict().items():
+        torch.testing.assert_close(tensor, result.state_dict()[key])
+
+
+def test_learned_is_a_method() -> None:
+    given = pair()
+    result = fxfusion.fuse(**given, method="learned", refine=3)
+    assert any("refined in 3 steps" in note for note in result.report.notes)
+    assert METHODS["learned"].refinement is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"method": "best"}, OptionError),
+        ({"method": "learned", "symmetry": "permutation"}, OptionError),
+        ({"method": "vanilla", "refine": 3}, OptionError),
+        ({"method": "auto", "repair": "units"}, OptionError),
+        ({"method": "auto", "flow": fxfusion.Flow()}, OptionError),
+        ({"refine": 0}, OptionError),
+        ({"refine": 5, "calibration": None}, CalibrationRequiredError),
+        ({"method": "auto", "calibration": None}, CalibrationRequiredError),
+    ],
+)
+def test_what_does_not_go_together_is_refused(options: dict[str, Any], error: type[Exception]) -> None:
+    given = pair("perceptron") | options
+    if options.get("refine") == 0:
+        with pytest.raises(error):
+            Refinement(steps=0)
+    with pytest.raises(error):
+        fxfusion.fuse(**given)
+
+
+@pytest.mark.parametrize("field", [{"rate": 0.0}, {"spread": 1.5}, {"steps": 0}])
+def test_values_out_of_range_are_refused(field: dict[str, Any]) -> None:
+    with pytest.raises(OptionError):
+        Refinement(**field)
