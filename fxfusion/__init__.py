@@ -14,6 +14,7 @@
 :func:`reference`             the settings of the paper's published code
 :func:`prepare`               capture a model, to run :mod:`fxfusion.passes` on it oneself
 :func:`specialise`            trace a model whose control flow depends on data, as the example takes it
+:func:`untied`                a copy whose output embedding is tied no longer
 ============================  ===========================================================
 """
 
@@ -42,6 +43,7 @@ from fxfusion.transport.options import (
     Scaling,
     Tables,
 )
+from fxfusion.untying import untied
 
 __version__ = "0.1.0"
 
@@ -83,4 +85,5 @@ __all__ = [
     "reference",
     "scramble",
     "specialise",
+    "untied",
 ]

@@ -222,6 +222,11 @@ def write_huggingface(model: Any, source: str | Path, state: Mapping[str, Tensor
     model.save_pretrained(directory, state_dict={name: value.detach() for name, value in state.items()})
     for file in _companions(Path(source)):
         shutil.copyfile(file, directory / file.name)
+    written = directory / "config.json"
+    if written.is_file() and not getattr(model.config, "tie_word_embeddings", True):
+        # The source's own may still tie what was untied; all else in it stays as its author wrote it.
+        facts = json.loads(written.read_text(encoding="utf-8")) | {"tie_word_embeddings": False}
+        written.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def check_output_directory(out: str | Path) -> None:

@@ -122,6 +122,10 @@ RefineOption = Annotated[
         "--refine", metavar="STEPS", min=1, help="Learn transports on the calibration data: gradient steps."
     ),
 ]
+UntieOption = Annotated[
+    bool,
+    typer.Option("--untie", help="Give tied output embeddings (hf: models) a tensor of their own."),
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="Same inputs and seed, same result.")]
 
 
@@ -298,6 +302,7 @@ def fuse(
         typer.Option("--method", help="Symmetry and repair by one name; auto chooses by calibration data."),
     ] = None,
     refine: RefineOption = None,
+    untie: UntieOption = False,
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -359,6 +364,7 @@ def fuse(
             progress("loading models", index, len(models))
             resolved.append(references.resolve(model))
         progress("loading models", len(models), len(models))
+        resolved = _untied(resolved, untie)
         _check_output(output, resolved, resolved[target])
         batches = _calibration(calibration, resolved[target], batch_size)
         example = _example(resolved[target], given, batches)
@@ -408,6 +414,7 @@ def barrier(
         str, typer.Option("--methods", metavar="NAMES", help="What is compared; learned takes minutes.")
     ] = "vanilla,permutation,orthogonal",
     refine: RefineOption = None,
+    untie: UntieOption = False,
     points: Annotated[int, typer.Option("--points", min=3, help="On the line, with both ends.")] = 11,
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="Draw the curves: .svg, .png, .pdf.")
@@ -432,6 +439,7 @@ def barrier(
         progress("loading models", 0, 2)
         resolved = [references.resolve(first), references.resolve(second)]
         progress("loading models", 2, 2)
+        resolved = _untied(resolved, untie)
         batches = _calibration(calibration, resolved[1], batch_size)
         samples = inputs.load_evaluation(evaluation, resolved[1].model, batch_size)
         example = _example(resolved[1], given, samples.inputs)
@@ -553,6 +561,15 @@ def _plan(resolved: ResolvedModel, given: Sequence[str] | None, outputs: str | N
 
 def _outputs_option(text: str | None) -> dict[str, Any]:
     return {} if text is None else {"outputs": [name.strip() for name in text.split(",")]}
+
+
+def _untied(resolved: list[ResolvedModel], wanted: bool) -> list[ResolvedModel]:
+    """Return models whose output embeddings have a tensor of their own, if that is wanted."""
+    if not wanted:
+        return resolved
+    import fxfusion
+
+    return [dataclasses.replace(item, model=fxfusion.untied(item.model)) for item in resolved]
 
 
 def _chosen(**options: enum.StrEnum | None) -> dict[str, Any]:

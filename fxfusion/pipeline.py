@@ -44,6 +44,7 @@ from fxfusion.transport.hierarchy import Coupling
 from fxfusion.transport.learned import Refinement
 from fxfusion.transport.options import Flow, Observe
 from fxfusion.transport.template import first_template
+from fxfusion.untying import untied
 from fxfusion.validation import (
     check_finite,
     check_function,
@@ -270,6 +271,7 @@ def fuse(
     repair: str | None = None,
     refine: Refinement | int | None = None,
     method: str | None = None,
+    untie: bool = False,
     into: torch.nn.Module | None = None,
     progress: Progress | None = None,
 ) -> FusionResult:
@@ -331,6 +333,9 @@ def fuse(
         Names for ``symmetry``, ``repair`` and ``refine`` together (see :mod:`fxfusion.methods`). ``"auto"``
         tries them (learning only if ``refine`` is given) and keeps the one whose outputs on the calibration
         data are closest to the parents' average; the report says how close each came.
+    untie : bool
+        Give the output embedding, where it is tied to the input's, a tensor of its own, so that the residual
+        stream may turn: the result is of the class with ``tie_word_embeddings=False`` (see :func:`untied`).
     into : torch.nn.Module, optional
         A network of the widths that the result shall have, where no parent has them: its weights do not
         count, and ``target`` is not needed. Its units are found in turns with the alignments (a free-support
@@ -386,6 +391,8 @@ def fuse(
         progress=progress,
     )
     models = models if isinstance(models, torch.nn.Module) else list(models)
+    if untie and not isinstance(models, torch.nn.Module):
+        models = [untied(model) for model in models]
     if into is not None and not isinstance(models, torch.nn.Module):
         weights = [*check_shares(weights, len(models)), 0.0]
         models = [*models, into]
@@ -452,6 +459,7 @@ def align(
     repair: str | None = None,
     refine: Refinement | int | None = None,
     method: str | None = None,
+    untie: bool = False,
     flow: Flow | None = None,
     rounds: int = 0,
     observe: Observe | None = None,
@@ -463,8 +471,8 @@ def align(
 
     Parameters
     ----------
-    models, args, kwargs, calibration, target, features, coupling, symmetry, repair, refine, method, flow
-    rounds, observe, seed, outputs, progress
+    models, args, kwargs, calibration, target, features, coupling, symmetry, repair, refine, method, untie
+    flow, rounds, observe, seed, outputs, progress
         As for :func:`fuse`; depths must be equal, and ``method="auto"`` is not for averages to come.
 
     Returns
@@ -510,6 +518,8 @@ def align(
         outputs=outputs,
         progress=progress,
     )
+    if untie:
+        models = [untied(model) for model in models]
     job = _paired(models, args, kwargs, calibration, None, target, settings)
     state = _aligned(job, settings)
     assert state.plan is not None
