@@ -377,8 +377,8 @@ def fuse(
             target=target,
             seed=seed,
             progress=progress,
-            refine=refine,
             **{
+                **({} if refine is None else {"refine": refine}),
                 **_chosen(
                     features=features, coupling=coupling, symmetry=symmetry, repair=repair, method=method
                 ),

@@ -33,6 +33,7 @@ METADATA = (
     "new_empty _assert_async _assert_scalar"
 )
 _KEEPING, _METADATA = frozenset(KEEPING.split()), frozenset(METADATA.split())
+_PARTING = frozenset(["split", "split_with_sizes", "chunk", "narrow", "slice", "select", "unbind", "getitem"])
 _ADDING = frozenset(["add", "sub", "rsub"])
 _REDUCING = frozenset(["mean", "sum"])
 _BIASES = {"linear": 2, "conv1d": 2, "conv2d": 2, "conv3d": 2, "convolution": 2, "addmm": 0, "baddbmm": 0}
@@ -213,18 +214,21 @@ class _SpaceGroup:
         if node.target is getitem or operator in _KEEPING:
             self._keep(node, operator, operands)
         elif operator in _ADDING:
+            self._goes_on(node, operands)
             # A number added to every unit moves their mean alone.
             numbers = [item for item in node.args[:2] if not isinstance(item, fx.Node) and item]
             self.fixes_mean |= bool(numbers) or not all(map(self._holds, operands[:2]))
         elif operator in ("mul", "div"):
+            self._goes_on(node, operands)
             self._scale(node, operands)
         elif operator in ("pow", "square"):
             if operator == "pow" and node.args[1] != 2:
                 raise self._refuse(node, "is not linear")
             self.squares.add(node)
         elif operator in _REDUCING:
-            self.fixes_mean |= not self._holds(node)
+            self._reduce(node)
         elif operator == "constant_pad_nd":
+            self._goes_on(node, operands)
             self.fixes_mean |= bool(node.args[2] if len(node.args) > 2 else 0)
         elif operator in _CONTRACTING:
             self._contract(node, operator, operands)
@@ -235,7 +239,25 @@ class _SpaceGroup:
         else:
             raise self._refuse(node, "is not known to be linear")
 
+    def _goes_on(self, node: fx.Node, operands: Sequence[fx.Node]) -> None:
+        """Refuse where a result must hold the space, but is not known to: what it meets is unseen then."""
+        if any(map(self._holds, operands)) and not self._holds(node):
+            raise self._refuse(node, "depends on other units, or data, in a way that is not followed")
+
+    def _reduce(self, node: fx.Node) -> None:
+        if self._holds(node):
+            return
+        x = node.args[0]
+        given = node.args[1] if len(node.args) > 1 else None
+        count = len(self.graph.axes[x])  # type: ignore[index]
+        axes = range(count) if not given else [axis % count for axis in pytree.tree_leaves(given)]
+        if not set(self.graph.where(x, self.space)) <= set(axes):  # type: ignore[arg-type]
+            self._goes_on(node, [x])  # type: ignore[list-item]
+        self.fixes_mean = True
+
     def _keep(self, node: fx.Node, operator: str, operands: Sequence[fx.Node]) -> None:
+        if operator not in _PARTING and node.target is not getitem:
+            self._goes_on(node, operands)
         if operator not in ("cat", "stack"):
             return
         places = self.graph.where(node, self.space)
@@ -271,10 +293,8 @@ class _SpaceGroup:
                 self.fixes_mean |= self._holds(node) and not self._holds(bias)
         result = len(self.graph.where(node, self.space))
         taken = sum(len(self.graph.where(item, self.space)) for item in given)
-        if (taken, result) == (1, 0):
-            self.fixes_mean = True  # a sum over the units alone
-        elif (taken, result) not in _LINEAR:
-            raise self._refuse(node, "multiplies unit by unit")
+        if (taken, result) not in _LINEAR:
+            raise self._refuse(node, "multiplies unit by unit, or with what is not known to be theirs")
 
     def _attend(self, node: fx.Node) -> None:
         for item in (*node.args[:3], node):
@@ -284,6 +304,7 @@ class _SpaceGroup:
                 raise self._refuse(node, "treats each unit by itself")
         if any(map(self._holds, node.args[3:])) or self._holds(node.args[0]) != self._holds(node.args[1]):
             raise self._refuse(node, "multiplies unit by unit")
+        self._goes_on(node, [item for item in node.args[2:3] if isinstance(item, fx.Node)])
 
     def _normalise(self, node: fx.Node, operator: str) -> None:
         x, sizes = node.args[:2]

@@ -321,10 +321,12 @@ def fuse(
     symmetry : {"none", "permutation", "largest"}
         What may act on a space: nothing (the vanilla average), permutations, or whatever leaves the function
         unchanged. Residual streams and the dimensions of heads may often turn as a whole, once norm weights
-        are in what reads the stream. Permutations by default.
+        are in what reads the stream. By default the largest where
+        hard couplings are solved from activations, permutations elsewhere.
     repair : {"norms", "units", "none"}
-        What calibration data correct after averaging: statistics of batch normalisations (the default); or
-        also, of layers with a bias, mean and deviation of every unit; or nothing.
+        What calibration data correct after averaging: statistics of batch normalisations; or also, of
+        layers with a bias, mean and deviation of every unit; or nothing. By default units where neither
+        symmetry nor repair nor method is given and hard couplings are solved from activations.
     refine : Refinement or int, optional
         Learn further transports, within the symmetry, by which the average says what the parents say on
         unlabelled calibration data: so many steps of gradient descent, a batch each. The better, the more
@@ -521,6 +523,7 @@ def align(
     if untie:
         models = [untied(model) for model in models]
     job = _paired(models, args, kwargs, calibration, None, target, settings)
+    settings = _fitting(job, settings)
     state = _aligned(job, settings)
     assert state.plan is not None
     return AlignedParents(state.plan, job, state, settings)
@@ -586,7 +589,8 @@ def _fuse(
 ) -> FusionResult:
     """Fuse models of equal depths; ``equal`` says whether their configurations say so, too."""
     job = _paired(models, args, kwargs, calibration, weights, target, settings, equal)
-    state, notes = _chosen(job) if settings.auto else (_merged(job, _aligned(job, settings), settings), ())
+    settings = _fitting(job, settings)
+    state, notes = _chosen(job) if settings.auto else _certified(job, settings)
     report = fusion_report(
         state, models, settings.by(state.method).facts(job.target), state.certificates, job.clock.seconds
     )
@@ -661,6 +665,12 @@ def _paired(
     return _Job(module, models, states, shares, target, batches, settings, clock, state)
 
 
+def _fitting(job: _Job, settings: Settings) -> Settings:
+    """Return the settings with a default that the parents allow: rotations are for equal widths."""
+    equal = all(parent.capture is job.paired.capture for parent in job.paired.parents)
+    return settings if equal or not settings.free else settings.by(Method("permutation"))
+
+
 def _aligned(job: _Job, settings: Settings) -> FusionState:
     """Certify the parents under a symmetry, and bring them into the target's basis."""
     state = job.begin(job.paired)
@@ -692,6 +702,19 @@ def _aligned(job: _Job, settings: Settings) -> FusionState:
             )
         )
     return state
+
+
+def _certified(job: _Job, settings: Settings) -> tuple[FusionState, tuple[str, ...]]:
+    """Fuse; where a larger group was nobody's wish and is not certified, by permutations."""
+    try:
+        return _merged(job, _aligned(job, settings), settings), ()
+    except CertificationError as error:
+        if not settings.free or settings.symmetry != "largest":
+            raise
+        job.module.meta[KEY] = job.paired
+        settings = settings.by(Method("permutation", settings.repair))
+        note = f"the larger group is not certified, so that spaces keep permutations: {error}"
+        return _merged(job, _aligned(job, settings), settings), (note,)
 
 
 def _hold(state: FusionState) -> None:

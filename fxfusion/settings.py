@@ -42,6 +42,8 @@ class Settings:
     refinement : Refinement or None
     auto : bool
         Whether symmetry and repair are chosen by calibration data.
+    free : bool
+        Whether symmetry and repair were left to the default, which depends on the parents.
     template : bool
         Whether the target is a network of a third width, whose weights do not count.
     seed : int
@@ -60,6 +62,7 @@ class Settings:
     repair: str
     refinement: Refinement | None
     auto: bool
+    free: bool
     template: bool
     seed: int
     outputs: Sequence[str] | None
@@ -103,7 +106,8 @@ class Settings:
         elif regularisation is not None:
             raise OptionError("regularisation is given twice, to fuse and in its coupling: give one of them")
         check_choice("layers", layers, LAYERS)
-        chosen = _method(method, symmetry, repair, refinement)
+        plain = _default(features, coupling, flow, template)
+        chosen = _method(method, symmetry, repair, refinement, plain)
         if chosen.repair == "units" and not calibrated:
             raise CalibrationRequiredError(
                 'repair="units" measures activations: give calibration data, or repair="none"'
@@ -141,6 +145,7 @@ class Settings:
             repair=chosen.repair,
             refinement=chosen.refinement,
             auto=method == AUTO,
+            free=method is None and symmetry is None and repair is None,
             template=template,
             seed=seed,
             outputs=outputs,
@@ -166,10 +171,8 @@ class Settings:
             "target": str(target),
             "seed": str(self.seed),
         }
-        if self.symmetry != "permutation":
-            found["symmetry"] = self.symmetry
-        if self.repair != "norms":
-            found["repair"] = self.repair
+        found["symmetry"] = self.symmetry
+        found["repair"] = self.repair
         if self.refinement is not None:
             found["refine"] = repr(self.refinement)
         if self.flow is not None:
@@ -181,13 +184,29 @@ class Settings:
         return found
 
 
+def _default(features: str, coupling: str | Coupling, flow: Flow | None, template: bool) -> Method:
+    """Return the symmetry and the repair where neither is asked for.
+
+    With activations to go by, rotations and repaired units measured better on every task but networks with
+    tied heads, which cannot turn. What goes without them keeps permutations.
+    """
+    plain = features == "activations" and coupling == "hard" and flow is None and not template
+    return Method("largest", "units") if plain else Method("permutation")
+
+
 def _method(
-    method: str | None, symmetry: str | None, repair: str | None, refinement: Refinement | int | None
+    method: str | None,
+    symmetry: str | None,
+    repair: str | None,
+    refinement: Refinement | int | None,
+    default: Method,
 ) -> Method:
     """Return symmetry, repair and refinement, by one name or one by one."""
     learning = Refinement(steps=refinement) if isinstance(refinement, int) else refinement
     if method is None:
-        symmetry, repair = symmetry or "permutation", repair or "norms"
+        if symmetry is None and repair is None and learning is None:
+            return default
+        symmetry, repair = symmetry or default.symmetry, repair or "norms"
         check_choice("symmetry", symmetry, SYMMETRIES)
         check_choice("repair", repair, REPAIRS)
         return Method(symmetry, repair, learning)

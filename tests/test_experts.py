@@ -6,11 +6,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
+
+# Registers an operator. Imported while a model is exported, transformers would not register its outputs.
+import transformers.integrations.moe  # noqa: F401
 from torch import nn
 from torch.nn.functional import one_hot
 
 import fxfusion
+from fxfusion.certify import certify_plan
+from fxfusion.groups import enlarge
 from fxfusion.plan import Plan
+from fxfusion.state import state_of
 
 INPUTS, WIDTH, HIDDEN, EXPERTS, CHOSEN, TOKENS = 3, 5, 7, 4, 2, 12
 
@@ -47,8 +53,6 @@ def route(layer: Mixture, x: torch.Tensor) -> Routing:
 
 def grouped(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """Multiply each group of rows by a matrix of its own."""
-    import transformers.integrations.moe  # noqa: F401 - registers the operator
-
     product: torch.Tensor = torch.ops.transformers.grouped_mm_fallback(x, weight, ends)
     return product
 
@@ -187,6 +191,18 @@ def test_experts_and_the_units_of_each_are_free(compute: Callable[..., torch.Ten
     plan, certified = planned(compute)
     assert sizes(plan) == FREE
     assert certified
+
+
+@pytest.mark.parametrize("compute", EQUAL, ids=lambda function: function.__name__)
+def test_larger_groups_are_certified(compute: Callable[..., torch.Tensor]) -> None:
+    """Units picked by data cannot be followed through the graph: what they meet might tell them apart."""
+    torch.manual_seed(0)
+    prepared = fxfusion.prepare(Mixture(compute).eval(), (torch.randn(TOKENS, INPUTS),))
+    capture = state_of(prepared).capture
+    plan = enlarge(capture, fxfusion.plan(prepared))
+    outputs = capture.select_outputs(None)
+    assert certify_plan(capture, plan, capture.canonical(dict(prepared.state_dict())), outputs).ok
+    assert not any(space.symmetry.rotates for space in plan if space.scope)
 
 
 @pytest.mark.parametrize("compute", [batched, unsorted_by_inverse], ids=lambda function: function.__name__)

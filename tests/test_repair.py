@@ -75,7 +75,14 @@ def test_units_get_mean_and_deviation_of_the_parents() -> None:
 def test_equal_parents_are_not_changed(name: str) -> None:
     args, kwargs = zoo.inputs(name)
     model = zoo.build(name)
-    result = fxfusion.fuse([model, copy.deepcopy(model)], args, kwargs, calibration=[kwargs], repair="units")
+    result = fxfusion.fuse(
+        [model, copy.deepcopy(model)],
+        args,
+        kwargs,
+        calibration=[kwargs],
+        symmetry="permutation",  # larger ones fold norms
+        repair="units",
+    )
     for key, tensor in model.state_dict().items():
         assert torch.equal(result.state_dict()[key], tensor), key
 
