@@ -37,27 +37,26 @@ METHODS: dict[str, Method] = {
 """``vanilla`` averages what lies in the same place."""
 
 
-def candidates(refinement: Refinement | None, turning: bool, units: bool) -> list[Method]:
+def candidates(refinement: Refinement | None, equal: bool) -> list[Method]:
     """Return what ``method="auto"`` tries.
 
     Parameters
     ----------
     refinement : Refinement or None
         Learning takes minutes: it is tried where it is asked for.
-    turning : bool
-        Whether rotations, and leaving units where they are, can be tried: parents of equal widths.
-    units : bool
-        Whether units can be repaired.
+    equal : bool
+        Whether widths are equal: rotations, units left where they are, and repaired units need that.
 
     Examples
     --------
-    >>> [str(method) for method in candidates(None, turning=False, units=True)]
-    ['permutation', 'permutation, units repaired']
+    >>> [str(method) for method in candidates(None, equal=False)]
+    ['permutation']
+    >>> [str(method) for method in candidates(None, equal=True)][3:]
+    ['permutation, units repaired', 'orthogonal, units repaired']
     """
-    bases = [Method("permutation")]
-    if turning:
-        bases = [METHODS["vanilla"], *bases, Method("largest")]
-    if refinement is not None:
-        bases.append(Method("largest" if turning else "permutation", refinement=refinement))
-    repaired = [dataclasses.replace(base, repair="units") for base in bases if base.symmetry != "none"]
-    return [*bases, *(repaired if units else [])]
+    largest = "largest" if equal else "permutation"
+    learned = [] if refinement is None else [Method(largest, refinement=refinement)]
+    if not equal:
+        return [Method("permutation"), *learned]
+    aligned = [Method("permutation"), Method(largest), *learned]
+    return [METHODS["vanilla"], *aligned, *(dataclasses.replace(item, repair="units") for item in aligned)]

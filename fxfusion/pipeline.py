@@ -400,7 +400,7 @@ def fuse(
         models = [*models, into]
     paths = [] if isinstance(models, torch.nn.Module) or len(models) < 2 else unequal_stacks(models)
     if not paths:
-        return _fuse(models, args, kwargs, calibration, weights, target, settings)
+        return _fuse(_paired(models, args, kwargs, calibration, weights, target, settings))
     return _fuse_depths(models, paths, args, kwargs, calibration, weights, target, settings)
 
 
@@ -417,7 +417,6 @@ class AlignedParents:
     plan: Plan
     _job: _Job = dataclasses.field(repr=False)
     _state: FusionState = dataclasses.field(repr=False)
-    _settings: Settings = dataclasses.field(repr=False)
 
     def __len__(self) -> int:
         return len(self._state.aligned)
@@ -444,8 +443,7 @@ class AlignedParents:
             If the weights do not fit.
         """
         job = self._job
-        job.shares = check_shares(weights, len(self))
-        merged = _merged(job, self._state, self._settings).merged
+        merged = _merged(job, self._state, check_shares(weights, len(self))).merged
         return complete(self._state.capture, merged, job.states[job.target])
 
 
@@ -523,10 +521,9 @@ def align(
     if untie:
         models = [untied(model) for model in models]
     job = _paired(models, args, kwargs, calibration, None, target, settings)
-    settings = _fitting(job, settings)
     state = _aligned(job, settings)
     assert state.plan is not None
-    return AlignedParents(state.plan, job, state, settings)
+    return AlignedParents(state.plan, job, state)
 
 
 def _fuse_depths(
@@ -560,7 +557,7 @@ def _fuse_depths(
         shallow(module, kept[index]) if index in kept else module for index, module in enumerate(modules)
     ]
     seen = None if batches is None else batches.source
-    result = _fuse(reduced, args, kwargs, seen, weights, target, settings, equal=False)
+    result = _fuse(_paired(reduced, args, kwargs, seen, weights, target, settings, equal=False))
     notes = [
         f"of {path}, parent {index} takes part with layers {', '.join(map(str, positions))}"
         for index, found in kept.items()
@@ -577,24 +574,13 @@ def _fuse_depths(
     return FusionResult(full, report, result.plan, state)
 
 
-def _fuse(
-    models: Sequence[Model],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any] | None,
-    calibration: Iterable[Any] | None,
-    weights: Sequence[float] | None,
-    target: int,
-    settings: Settings,
-    equal: bool = True,
-) -> FusionResult:
-    """Fuse models of equal depths; ``equal`` says whether their configurations say so, too."""
-    job = _paired(models, args, kwargs, calibration, weights, target, settings, equal)
-    settings = _fitting(job, settings)
-    state, notes = _chosen(job) if settings.auto else _certified(job, settings)
+def _fuse(job: _Job) -> FusionResult:
+    """Fuse paired parents, in the way asked for or by the best of several."""
+    state = _best(job) if job.settings.auto else _merged(job, _aligned(job, job.settings), job.shares)
+    settings = job.settings.by(state.method)
     report = fusion_report(
-        state, models, settings.by(state.method).facts(job.target), state.certificates, job.clock.seconds
+        state, job.models, settings.facts(job.target), state.certificates, job.clock.seconds
     )
-    report = dataclasses.replace(report, notes=(*report.notes, *notes))
     assert state.plan is not None
     fused = complete(state.capture, state.merged, job.states[job.target])
     job.module.meta.pop(KEY)  # the parents' weights need not outlive the fusion
@@ -614,6 +600,11 @@ class _Job:
     settings: Settings
     clock: _Clock
     paired: FusionState
+
+    @property
+    def equal(self) -> bool:
+        """Whether all parents have the target's widths, and so its graph."""
+        return all(parent.capture is self.paired.capture for parent in self.paired.parents)
 
     def begin(self, state: FusionState) -> FusionState:
         """Attach a copy of a state to the module, from which passes go on."""
@@ -637,7 +628,10 @@ def _paired(
     settings: Settings,
     equal: bool = True,
 ) -> _Job:
-    """Capture and plan the parents, and pair their spaces."""
+    """Capture and plan parents of equal depths, and pair their spaces.
+
+    ``equal`` says whether their configurations say that depths are equal, too.
+    """
     clock = _Clock()
     states = check_parents(models, target, equal)
     shares = check_shares(weights, len(models))
@@ -665,14 +659,29 @@ def _paired(
     return _Job(module, models, states, shares, target, batches, settings, clock, state)
 
 
-def _fitting(job: _Job, settings: Settings) -> Settings:
-    """Return the settings with a default that the parents allow: rotations are for equal widths."""
-    equal = all(parent.capture is job.paired.capture for parent in job.paired.parents)
-    return settings if equal or not settings.free else settings.by(Method("permutation"))
-
-
 def _aligned(job: _Job, settings: Settings) -> FusionState:
-    """Certify the parents under a symmetry, and bring them into the target's basis."""
+    """Bring the parents into the target's basis, and refine that if it is asked for.
+
+    Where the larger group was nobody's wish, and the parents' widths differ or it is not certified, spaces
+    keep permutations.
+    """
+    fallback = settings.fallback
+    if fallback is None or fallback == settings.method:
+        return _refined(job, _based(job, settings), settings)
+    notes: tuple[str, ...] = ()
+    if job.equal:
+        try:
+            return _refined(job, _based(job, settings), settings)
+        except CertificationError as error:
+            notes = (f"the larger group is not certified, so that spaces keep permutations: {error}",)
+    settings = settings.by(fallback)
+    state = _refined(job, _based(job, settings), settings)
+    state.notes = notes
+    return state
+
+
+def _based(job: _Job, settings: Settings) -> FusionState:
+    """Certify the parents under a symmetry, and solve and apply the transports."""
     state = job.begin(job.paired)
     if settings.symmetry == "none":
         _hold(state)
@@ -689,6 +698,13 @@ def _aligned(job: _Job, settings: Settings) -> FusionState:
             job.module = _fit_template(job.module, [*passes, Merge(job.shares)], settings.progress)
     for item in passes:
         job.run(item)
+    return state
+
+
+def _refined(job: _Job, based: FusionState, settings: Settings) -> FusionState:
+    """Learn further transports, if that is asked for; what was aligned before stays as it is."""
+    state = job.begin(based)
+    state.method = settings.method
     if settings.refinement is not None:
         assert job.batches is not None
         job.run(
@@ -704,19 +720,6 @@ def _aligned(job: _Job, settings: Settings) -> FusionState:
     return state
 
 
-def _certified(job: _Job, settings: Settings) -> tuple[FusionState, tuple[str, ...]]:
-    """Fuse; where a larger group was nobody's wish and is not certified, by permutations."""
-    try:
-        return _merged(job, _aligned(job, settings), settings), ()
-    except CertificationError as error:
-        if not settings.free or settings.symmetry != "largest":
-            raise
-        job.module.meta[KEY] = job.paired
-        settings = settings.by(Method("permutation", settings.repair))
-        note = f"the larger group is not certified, so that spaces keep permutations: {error}"
-        return _merged(job, _aligned(job, settings), settings), (note,)
-
-
 def _hold(state: FusionState) -> None:
     """Leave all units where they are: no space may move."""
     assert state.plan is not None
@@ -726,43 +729,44 @@ def _hold(state: FusionState) -> None:
     state.parents = [dataclasses.replace(parent, plan=state.plan) for parent in state.parents]
 
 
-def _merged(job: _Job, aligned: FusionState, settings: Settings) -> FusionState:
-    """Average aligned parents, and repair the average."""
+def _merged(job: _Job, aligned: FusionState, shares: Sequence[float]) -> FusionState:
+    """Average aligned parents, and repair the average as their method says."""
     state = job.begin(aligned)
-    state.method = settings.method
-    job.run(Merge(job.shares))
-    batches = None if settings.repair == "none" else job.batches
-    job.run(Repair(batches, settings.progress, settings.repair == "units"))
+    repair = state.method.repair
+    job.run(Merge(shares))
+    job.run(Repair(None if repair == "none" else job.batches, job.settings.progress, repair == "units"))
     return state
 
 
-def _chosen(job: _Job) -> tuple[FusionState, tuple[str, ...]]:
-    """Return the fusion whose outputs are closest to the parents' average on calibration data, and why."""
+def _best(job: _Job) -> FusionState:
+    """Return the fusion whose outputs are closest to the parents' average on calibration data."""
     assert job.batches is not None
     paired = job.paired
-    equal = all(parent.plan is paired.plan for parent in paired.parents)
-    shared = all(parent.capture is paired.capture for parent in paired.parents)
     few = job.batches.first(SOLVED_SAMPLES)
     lessons = Lessons(paired.capture, paired.parents, paired.outputs, job.shares, few)
     program = Program(paired.capture)
-    aligned: dict[tuple[str, bool], FusionState] = {}
+    based: dict[str, FusionState] = {}
+    refined: dict[tuple[str, bool], FusionState] = {}
     best: FusionState | None = None
     found: list[tuple[float, Method]] = []
-    for method in candidates(job.settings.refinement, turning=equal, units=shared):
+    for method in candidates(job.settings.refinement, job.equal):
         settings = job.settings.by(method)
         key = method.symmetry, method.refinement is not None
-        if key not in aligned:
-            aligned = {key: _aligned(job, settings), **aligned}
-        state = _merged(job, aligned[key], settings)
+        if method.symmetry not in based:
+            based[method.symmetry] = _based(job, settings)
+        if key not in refined:
+            refined[key] = _refined(job, based[method.symmetry], settings)
+        state = _merged(job, dataclasses.replace(refined[key], method=method), job.shares)
         distance = lessons.judge(_runner(program, state.merged))
         if not found or distance < min(found, key=itemgetter(0))[0]:
             best = state
         found.append((distance, method))
     assert best is not None
-    job.begin(best)
-    write(job.module, best.merged, best.capture.aliases)
+    state = job.begin(best)
+    write(job.module, state.merged, state.capture.aliases)
     told = "; ".join(f"{method}: {distance:.4g}" for distance, method in sorted(found, key=itemgetter(0)))
-    return best, (f"chosen by distance from the parents' average outputs on the calibration data: {told}",)
+    state.notes = (f"chosen by distance from the parents' average outputs on the calibration data: {told}",)
+    return state
 
 
 def _runner(program: Program, state: Mapping[str, torch.Tensor]) -> Callable[[Inputs], list[Any]]:

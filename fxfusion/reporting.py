@@ -94,7 +94,7 @@ def _notes(state: FusionState) -> tuple[str, ...]:
                 if parent.plan.source[space.name].size != space.size
             }
             notes.append(f"parent {index} has other widths: {', '.join(sorted(sizes))} units")
-    return tuple(notes)
+    return (*notes, *state.notes)
 
 
 def _versions() -> dict[str, str]:

@@ -42,8 +42,8 @@ class Settings:
     refinement : Refinement or None
     auto : bool
         Whether symmetry and repair are chosen by calibration data.
-    free : bool
-        Whether symmetry and repair were left to the default, which depends on the parents.
+    fallback : Method or None
+        Where the symmetry was left to the default: what goes for parents of any widths.
     template : bool
         Whether the target is a network of a third width, whose weights do not count.
     seed : int
@@ -62,7 +62,7 @@ class Settings:
     repair: str
     refinement: Refinement | None
     auto: bool
-    free: bool
+    fallback: Method | None
     template: bool
     seed: int
     outputs: Sequence[str] | None
@@ -108,6 +108,8 @@ class Settings:
         check_choice("layers", layers, LAYERS)
         plain = _default(features, coupling, flow, template)
         chosen = _method(method, symmetry, repair, refinement, plain)
+        defaulted = method is None and symmetry is None
+        fallback = Method("permutation", repair or "norms", chosen.refinement) if defaulted else None
         if chosen.repair == "units" and not calibrated:
             raise CalibrationRequiredError(
                 'repair="units" measures activations: give calibration data, or repair="none"'
@@ -145,7 +147,7 @@ class Settings:
             repair=chosen.repair,
             refinement=chosen.refinement,
             auto=method == AUTO,
-            free=method is None and symmetry is None and repair is None,
+            fallback=fallback,
             template=template,
             seed=seed,
             outputs=outputs,

@@ -51,7 +51,9 @@ class FusionState:
     weights : tuple of float
         The parents' shares; set by ``Merge``.
     method : Method
-        How the fusion was made; set by the pipeline.
+        How the fusion is made; set by the pipeline.
+    notes : tuple of str
+        What the report shall say beside the rest; set by the pipeline.
     merged : dict of str to torch.Tensor
         The fused weights; set by ``Merge``, amended by ``Repair``.
     """
@@ -67,6 +69,7 @@ class FusionState:
     refined: Refined | None = None
     weights: tuple[float, ...] = ()
     method: Method = dataclasses.field(default_factory=lambda: Method("permutation"))
+    notes: tuple[str, ...] = ()
     merged: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
 
 

@@ -13,10 +13,10 @@ from torch import fx, nn
 from torch.nn import functional
 
 import fxfusion
-from fxfusion import Refinement
+from fxfusion import Certificate, Plan, Refinement, pipeline
 from fxfusion.agreement import Distance, Lessons
 from fxfusion.calibration import Batches
-from fxfusion.errors import CalibrationRequiredError, CheckpointError, OptionError
+from fxfusion.errors import CalibrationRequiredError, CertificationError, CheckpointError, OptionError
 from fxfusion.execution import Program
 from fxfusion.methods import METHODS
 from fxfusion.passes.align import Align
@@ -329,3 +329,50 @@ def test_what_does_not_go_together_is_refused(options: dict[str, Any], error: ty
 def test_values_out_of_range_are_refused(field: dict[str, Any]) -> None:
     with pytest.raises(OptionError):
         Refinement(**field)
+
+
+# -- the default --------------------------------------------------------------------------------------
+
+
+def test_the_default_turns_and_repairs_where_it_can() -> None:
+    given = pair()
+    plain = fxfusion.fuse(**given)
+    asked = fxfusion.fuse(**given, symmetry="largest", repair="units")
+    for name, tensor in asked.state_dict().items():
+        assert torch.equal(plain.state_dict()[name], tensor)
+    assert plain.report.options["symmetry"] == "largest"
+
+
+@pytest.mark.parametrize("options", [{}, {"repair": "none"}, {"repair": "norms"}, {"refine": 2}])
+def test_the_default_is_permutations_for_other_widths(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(4, size), nn.ReLU(), nn.Linear(size, 3)) for size in (12, 8)]
+    x = torch.randn(16, 4)
+    result = fxfusion.fuse(models, (x,), calibration=[x], **options)
+    assert result.report.options["symmetry"] == "permutation"
+    assert any("refined" in note for note in result.report.notes) == ("refine" in options)
+    expected = fxfusion.fuse(models, (x,), calibration=[x], symmetry="permutation", **options)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(result.state_dict()[name], tensor)
+
+
+def test_the_default_is_permutations_where_a_larger_group_is_not_certified(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    certified = pipeline.certify_plan
+
+    def refused(capture: Any, plan: Plan, *arguments: Any, **options: Any) -> Certificate:
+        found = certified(capture, plan, *arguments, **options)
+        return dataclasses.replace(found, ok=found.ok and not plan.rotates)
+
+    monkeypatch.setattr(pipeline, "certify_plan", refused)
+    given = pair()
+    result = fxfusion.fuse(**given)
+    assert result.report.options["symmetry"] == "permutation"
+    assert any("not certified" in note for note in result.report.notes)
+    expected = fxfusion.fuse(**given, method="permutation").state_dict()
+    for name, tensor in result.state_dict().items():
+        assert torch.equal(tensor, expected[name])
+    assert not any(space.symmetry.rotates for space in fxfusion.align(**given).plan)
+    with pytest.raises(CertificationError):
+        fxfusion.fuse(**given, symmetry="largest")
