@@ -141,6 +141,7 @@ class Lessons:
         self._memory = memory
         self._kept: list[Inputs] | None = self._keep()
         self._averages: dict[int, list[torch.Tensor]] = {}
+        self._held = 0  # bytes of them
         self.distance = Distance.of(capture, outputs, self._parents(next(iter(batches)))[0])
 
     def _keep(self) -> list[Inputs] | None:
@@ -169,9 +170,10 @@ class Lessons:
         if known is None:
             shares = [weight for weight in self.weights if weight]
             known = self.distance.average(self._parents(inputs), shares)
-            held = sum(map(_bytes, self._averages.values()))
-            if self._kept is not None and held + _bytes(known) <= self._memory:
+            size = _bytes(known)
+            if self._kept is not None and self._held + size <= self._memory:
                 self._averages[position] = known
+                self._held += size
         return known
 
     def once(self) -> Iterator[tuple[int, Inputs]]:

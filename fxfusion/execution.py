@@ -88,6 +88,7 @@ class Program:
         kwargs: Mapping[str, Any],
         observe: Observer | None = None,
         override: Callable[[fx.Node, int, tuple[Any, ...]], Any] | None = None,
+        gradients: bool = False,
     ) -> list[list[Any]]:
         """Run the graph once per state, in lock step.
 
@@ -101,6 +102,8 @@ class Program:
             Called at every node whose value depends on parameters, with one value per state.
         override : callable ``(node, index, args) -> value or None``, optional
             Computes a node in place of its operator unless it returns None.
+        gradients : bool
+            Whether outputs can be differentiated with respect to the weights.
 
         Returns
         -------
@@ -108,7 +111,7 @@ class Program:
             Flat outputs per state.
         """
         outputs: list[list[Any]] = []
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradients):
             for node, values in self.steps(states, args, kwargs, override):
                 if node.op == "output":
                     outputs = values

@@ -104,28 +104,26 @@ def corrected_statistics(
         By name of the buffer; empty for a network without batch normalisation.
     """
     corrected: dict[str, torch.Tensor] = {}
-    nodes = _batch_norms(capture)
-    if not nodes:
+    norms = batch_norms(capture)
+    if not norms:
         return corrected
     # A layer's input depends on the statistics before it, so that layers settle in graph order; all
     # layers are measured in one run, each batch normalised by the statistics that it corrects itself.
     sources = [*parents, Source(capture, merged)]
-    seen = {(node.name, side): _Moments() for node in nodes for side in range(len(sources))}
-    wanted = {node.name for node in nodes}
+    seen = {(name, side): _Moments() for name in norms for side in range(len(sources))}
 
-    def corrections(node: fx.Node, args: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        names = _buffers(capture, node)
-        found = [_carried(seen[node.name, side], source.carry, names) for side, source in enumerate(sources)]
+    def corrections(name: str, args: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        found = [_carried(seen[name, side], source.carry, norms[name]) for side, source in enumerate(sources)]
         return _corrected(found[-1], found[:-1], weights, *args)
 
     def measuring(sides: Sequence[int]) -> Callable[[fx.Node, int, tuple[Any, ...]], Any]:
         def override(node: fx.Node, index: int, args: tuple[Any, ...]) -> Any:
-            if node.name not in wanted:
+            if node.name not in norms:
                 return None
             seen[node.name, sides[index]].update(args[0])
             if sides[index] < len(parents):
                 return None
-            return node.target(*args[:3], *corrections(node, args[3:5]), *args[5:])  # type: ignore[operator]
+            return node.target(*args[:3], *corrections(node.name, args[3:5]), *args[5:])  # type: ignore[operator]
 
         return override
 
@@ -140,18 +138,18 @@ def corrected_statistics(
             ]
         )
         progress("repair", done, len(batches))
-    for node in nodes:
-        names = _buffers(capture, node)
-        corrected.update(zip(names, corrections(node, [merged[name] for name in names]), strict=True))
+    for name, buffers in norms.items():
+        corrected.update(zip(buffers, corrections(name, [merged[buffer] for buffer in buffers]), strict=True))
     return corrected
 
 
 def batch_norms(capture: Capture) -> dict[str, tuple[str, str]]:
     """Return the buffers of mean and variance of every batch normalisation, by name of its graph node."""
     found = {}
-    for node in _batch_norms(capture):
-        mean, variance = _buffers(capture, node)
-        found[node.name] = mean, variance
+    for node in capture.module.graph.nodes:
+        if operator_name(node.target) in BATCH_NORMS and isinstance(node.args[3], fx.Node):
+            mean, variance = (str(item.target) for item in node.args[3:5])
+            found[node.name] = capture.aliases.get(mean, mean), capture.aliases.get(variance, variance)
     return found
 
 
@@ -210,19 +208,6 @@ def _carried(
     """
     mean, variance = moments.mean, moments.variance
     return (mean, variance) if carry is None else (carry(names[0], mean), carry(names[1], variance))
-
-
-def _batch_norms(capture: Capture) -> list[fx.Node]:
-    return [
-        node
-        for node in capture.module.graph.nodes
-        if operator_name(node.target) in BATCH_NORMS and isinstance(node.args[3], fx.Node)
-    ]
-
-
-def _buffers(capture: Capture, node: fx.Node) -> list[str]:
-    """Return the names of a batch normalisation's running mean and variance."""
-    return [capture.aliases.get(str(item.target), str(item.target)) for item in node.args[3:5]]  # type: ignore[union-attr]
 
 
 def _corrected(

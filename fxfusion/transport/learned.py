@@ -215,45 +215,44 @@ def refine(
         If the checkpoint to go on from is of another refinement, or damaged.
     """
     learner = _Learner(
-        plan, capture, aligned, target, list(weights), lessons, options, seed, renormalised, progress
+        plan, capture, list(aligned), target, list(weights), lessons, options, seed, renormalised, progress
     )
     return learner.run()
 
 
+@dataclasses.dataclass(eq=False)
 class _Learner:
-    def __init__(
-        self,
-        plan: Plan,
-        capture: Capture,
-        aligned: Sequence[State],
-        target: int,
-        weights: list[float],
-        lessons: Lessons,
-        options: Refinement,
-        seed: int,
-        renormalised: bool,
-        progress: Progress,
-    ) -> None:
-        self.plan, self.aligned, self.target, self.weights = plan, aligned, target, weights
-        self.lessons, self.options, self.seed, self.progress = lessons, options, seed, progress
-        self.program = Program(capture)
-        self.norms = batch_norms(capture) if renormalised else {}
+    plan: Plan
+    capture: Capture
+    aligned: list[State]
+    target: int
+    weights: list[float]
+    lessons: Lessons
+    options: Refinement
+    seed: int
+    renormalised: bool
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        plan, target = self.plan, self.target
+        self.program = Program(self.capture)
+        self.norms = batch_norms(self.capture) if self.renormalised else {}
         if self.norms:
             self._see_norms()
         outer = {name for space in plan.spaces for name in space.scope}
-        device = next((tensor.device for tensor in aligned[target].values()), torch.device("cpu"))
-        margin = options.rate * _SCORES * _MARGIN
+        device = next((tensor.device for tensor in self.aligned[target].values()), torch.device("cpu"))
+        margin = self.options.rate * _SCORES * _MARGIN
         self.elements: dict[int, list[_Element]] = {
             index: [
                 _Turn(plan, space, device) if space.symmetry.rotates else _Swap(plan, space, device, margin)
                 for space in plan.spaces
                 if space.name not in outer and space.size > 1
             ]
-            for index in range(len(aligned))
+            for index in range(len(self.aligned))
             if index != target
         }
         self.parameters = [element.parameter for elements in self.elements.values() for element in elements]
-        self.held_out = max(len(lessons.batches) // _HELD_OUT, 1)
+        self.held_out = max(len(self.lessons.batches) // _HELD_OUT, 1)
 
     def _see_norms(self) -> None:
         """Give every parent, beside its stored statistics, those of the calibration data.
@@ -288,9 +287,10 @@ class _Learner:
             ]
         )
         rates = [group["lr"] for group in optimizer.param_groups]
-        memory = _Memory(options, self._fingerprint(), self.parameters, optimizer)
-        begun = memory.load()
-        if begun is None:
+        memory = _Memory(self.parameters, optimizer)
+        if options.checkpoint is not None:
+            memory.keep(Path(options.checkpoint), self._fingerprint())
+        if not memory.step:
             before = self._judge()
             memory.best, memory.least, memory.before = self._snapshot(), before, before
         interval = max(steps // EVALUATIONS, _WARM_UP)
@@ -351,13 +351,10 @@ class _Learner:
         return merged
 
     def _outputs(self, state: State, inputs: Any) -> Sequence[Any]:
-        last: list[list[Any]] = []
         override = _renormalised(state, self.norms) if self.norms else None
+        gradients = torch.is_grad_enabled()
         args, kwargs = inputs
-        for node, values in self.program.steps([state], args, kwargs, override):
-            if node.op == "output":
-                last = values
-        return last[0]
+        return self.program.run([state], args, kwargs, override=override, gradients=gradients)[0]
 
     def _loss(self, position: int, inputs: Any, shares: Sequence[float]) -> torch.Tensor:
         outputs = self._outputs(self._merged(shares), inputs)
@@ -383,7 +380,7 @@ class _Learner:
             ]
 
     def _fingerprint(self) -> str:
-        """Return what tells one refinement from another: its options, its data's number, its weights."""
+        """Return what tells one refinement from another: its options and its weights."""
         facts = hashlib.sha256(
             repr(
                 (self.options.rate, self.options.steps, self.options.spread, self.seed, self.weights)
@@ -401,13 +398,11 @@ class _Memory:
 
     def __init__(
         self,
-        options: Refinement,
-        fingerprint: str,
         parameters: Sequence[torch.Tensor],
         optimizer: torch.optim.Optimizer,
     ) -> None:
-        self.path = None if options.checkpoint is None else Path(options.checkpoint)
-        self.fingerprint = fingerprint
+        self.path: Path | None = None
+        self.fingerprint = ""
         self.parameters, self.optimizer = parameters, optimizer
         self.step = self.stale = 0
         self.best: list[torch.Tensor] = []
@@ -434,18 +429,19 @@ class _Memory:
         with replacing(self.path) as temporary:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, facts)
 
-    def load(self) -> int | None:
-        """Read it, if it is there; return the number of steps taken."""
-        if self.path is None or not self.path.exists():
-            return None
+    def keep(self, path: Path, fingerprint: str) -> None:
+        """Go on from a file, if it is there, and save to it from now on."""
+        self.path, self.fingerprint = path, fingerprint
+        if not path.exists():
+            return
         try:
-            with safe_open(self.path, "pt") as file:
+            with safe_open(path, "pt") as file:
                 facts = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.path} cannot be read: {error}. Remove it to begin anew") from error
-        if facts.get("fingerprint") != self.fingerprint:
-            raise CheckpointError(f"{self.path} is of another refinement: remove it, or give another path")
+            raise CheckpointError(f"{path} cannot be read: {error}. Remove it to begin anew") from error
+        if facts.get("fingerprint") != fingerprint:
+            raise CheckpointError(f"{path} is of another refinement: remove it, or give another path")
         with torch.no_grad():
             for index, parameter in enumerate(self.parameters):
                 parameter.copy_(tensors[f"{index}.value"])
@@ -457,7 +453,6 @@ class _Memory:
                 }
         self.step, self.stale = int(facts["step"]), int(facts["stale"])
         self.before, self.least = float.fromhex(facts["before"]), float.fromhex(facts["least"])
-        return self.step
 
 
 def _seen(name: str) -> str:
