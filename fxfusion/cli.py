@@ -116,6 +116,10 @@ OutputsOption = Annotated[
         help="Outputs to keep, separated by commas \\[default: all but hidden states].",
     ),
 ]
+CalibrationOption = Annotated[
+    Path | None,
+    typer.Option("--calibration", metavar="FILE", help="An .npz or .safetensors, one array per input name."),
+]
 RefineOption = Annotated[
     int | None,
     typer.Option(
@@ -303,12 +307,7 @@ def fuse(
     ] = None,
     refine: RefineOption = None,
     untie: UntieOption = False,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            "--calibration", metavar="FILE", help="An .npz or .safetensors, one array per input name."
-        ),
-    ] = None,
+    calibration: CalibrationOption = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Of the calibration.")] = 32,
     weights: Annotated[
         str | None,
@@ -404,12 +403,7 @@ def barrier(
             "--evaluation", metavar="FILE", help="Inputs as for --calibration, and an array 'labels'."
         ),
     ],
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            "--calibration", metavar="FILE", help="An .npz or .safetensors, one array per input name."
-        ),
-    ] = None,
+    calibration: CalibrationOption = None,
     methods: Annotated[
         str, typer.Option("--methods", metavar="NAMES", help="What is compared; learned takes minutes.")
     ] = "vanilla,permutation,orthogonal",

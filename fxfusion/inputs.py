@@ -227,10 +227,15 @@ def load_calibration(
         is missing; sample counts differ; a dtype or the number of axes is not what the model takes; a
         value is NaN or infinite.
     """
-    path = Path(path)
+    return _load(Path(path), model, batch_size)[0]
+
+
+def _load(path: Path, model: nn.Module | ExportedProgram, batch_size: int) -> tuple[Calibration, list[Array]]:
+    """Return the inputs that a file holds, and its labels if there are any."""
     if batch_size < 1:
         raise CalibrationMismatchError(f"the calibration batch size is {batch_size}, but must be at least 1")
-    arrays = {name: array for name, array in _open(path).items() if name not in _LABELS}
+    held = _open(path)
+    arrays = {name: array for name, array in held.items() if name not in _LABELS}
     own = _own_example(model, torch.Generator().manual_seed(0))
     _check_names(path, arrays, model, own)
     samples = _check_counts(path, arrays)
@@ -238,7 +243,7 @@ def load_calibration(
     constants = own.constants if own is not None else {}
     calibration = Calibration(path, arrays, dtypes, samples, batch_size, constants)
     _check_finite(calibration)
-    return calibration
+    return calibration, [array for name, array in held.items() if name in _LABELS]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,15 +280,14 @@ def load_evaluation(
     CalibrationMismatchError
         As for :func:`load_calibration`, or if there are no labels, or not one per sample.
     """
-    inputs = load_calibration(path, model, batch_size)
-    found = [array for name, array in _open(Path(path)).items() if name in _LABELS]
-    if not found:
+    inputs, labels = _load(Path(path), model, batch_size)
+    if not labels:
         raise CalibrationMismatchError(f"{path} has no labels: add an array named 'labels'")
-    if found[0].shape[:1] != (inputs.samples,):
+    if labels[0].shape[:1] != (inputs.samples,):
         raise CalibrationMismatchError(
-            f"{path} has labels of shape {tuple(found[0].shape)} for {inputs.samples} samples"
+            f"{path} has labels of shape {tuple(labels[0].shape)} for {inputs.samples} samples"
         )
-    return Evaluation(inputs, found[0])
+    return Evaluation(inputs, labels[0])
 
 
 class Array(Protocol):
