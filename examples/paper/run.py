@@ -107,11 +107,12 @@ def one_shot(study: Study) -> Scores:
         study.add(scores, "vanilla average", average([left, right]))
         for features in ("weights", "activations"):
             for coupling in ("hard", "soft"):
-                fused = fuse(study.task, [left, right], right, features=features, coupling=coupling)
+                options = {"features": features, "coupling": coupling, "symmetry": "permutation"}
+                fused = fuse(study.task, [left, right], right, **options)
                 study.add(scores, f"{features}, {coupling}", fused)
         settings: tuple[tuple[str, dict[str, Any]], ...] = (
-            ("activations, hard, units repaired", {"repair": "units"}),
-            ("activations, rotations", {"symmetry": "largest"}),
+            ("activations, hard, units repaired", {"method": "permutation", "repair": "units"}),
+            ("activations, rotations", {"method": "orthogonal"}),
             ("activations, rotations, units repaired", {"symmetry": "largest", "repair": "units"}),
             ("reference, activations", fxfusion.reference()),
             ("reference, EMD, weights", fxfusion.reference("weights", "hard")),
@@ -189,7 +190,8 @@ def samples(study: Study) -> Scores:
     for left, right in study.each():
         for count in (2, 10, 50, 200, 1000):
             for coupling in ("hard", "soft"):
-                fused = fuse(study.task, [left, right], right, samples=count, coupling=coupling)
+                options = {"samples": count, "coupling": coupling, "symmetry": "permutation"}
+                fused = fuse(study.task, [left, right], right, **options)
                 study.add(scores, f"{count} samples, {coupling}", fused)
     return scores
 
@@ -348,7 +350,7 @@ def landscape(study: Study) -> Scores:
 
     scores: Scores = {}
     left, right = next(iter(study.each()))
-    carried = fuse(study.task, [left, right], right, weights=[1, 0])
+    carried = fuse(study.task, [left, right], right, weights=[1, 0], method="permutation")
     soft = fuse(study.task, [left, right], right, weights=[1, 0], coupling="soft")
     shares = [index / 10 for index in range(11)]
     figure, (line, plane) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
