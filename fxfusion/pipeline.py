@@ -295,7 +295,7 @@ def fuse(
     coupling : {"hard", "soft", "widening"} or Coupling
         Permutations, Sinkhorn couplings, or these only where a parent is narrower than the target. A
         :class:`Coupling` may differ from space to space. On six pairs of vision transformers (README) both
-        measured alike in accuracy and hard better in loss; hard also undoes a planted twin exactly.
+        measured alike in accuracy and hard better in loss; permutations also undo a planted twin exactly.
     weights : sequence of float, optional
         The parents' shares, scaled to sum to one; equal by default.
     target : int
