@@ -33,7 +33,6 @@ METADATA = (
     "new_empty _assert_async _assert_scalar"
 )
 _KEEPING, _METADATA = frozenset(KEEPING.split()), frozenset(METADATA.split())
-_PARTING = frozenset(["split", "split_with_sizes", "chunk", "narrow", "slice", "select", "unbind", "getitem"])
 _ADDING = frozenset(["add", "sub", "rsub"])
 _REDUCING = frozenset(["mean", "sum"])
 _BIASES = {"linear": 2, "conv1d": 2, "conv2d": 2, "conv3d": 2, "convolution": 2, "addmm": 0, "baddbmm": 0}
@@ -244,6 +243,25 @@ class _SpaceGroup:
         if any(map(self._holds, operands)) and not self._holds(node):
             raise self._refuse(node, "depends on other units, or data, in a way that is not followed")
 
+    def _follow(self, node: fx.Node) -> None:
+        """Refuse where a tensor of which no layout is known meets more than views before one is known again.
+
+        Heads below an axis of queries, keys and values have none until that is taken apart; nor have units
+        that data pick, and those never have one again.
+        """
+        pending, seen = [node], {node}
+        while pending:
+            for user in pending.pop().users:
+                operator = operator_name(user.target)
+                if user in seen or user in self.graph.axes or operator in _METADATA:
+                    continue
+                if user.target is not getitem and operator not in _KEEPING:
+                    raise self._refuse(
+                        user, "reads units that are not followed: data, or other units, pick them"
+                    )
+                seen.add(user)
+                pending.append(user)
+
     def _reduce(self, node: fx.Node) -> None:
         if self._holds(node):
             return
@@ -256,8 +274,8 @@ class _SpaceGroup:
         self.fixes_mean = True
 
     def _keep(self, node: fx.Node, operator: str, operands: Sequence[fx.Node]) -> None:
-        if operator not in _PARTING and node.target is not getitem:
-            self._goes_on(node, operands)
+        if node not in self.graph.axes:
+            self._follow(node)
         if operator not in ("cat", "stack"):
             return
         places = self.graph.where(node, self.space)

@@ -84,6 +84,8 @@ KNOWN: dict[str, tuple[int, int, str]] = {
     "opt": (4, 0, "permutation"),
     "t5": (12, 0, "permutation"),
     "resnet18": (0, 0, "permutation"),
+    # Queries, keys and values lie in one tensor, which a view with an axis of three takes apart.
+    "vit_tiny_patch16_224": (25, 25, "orthogonal, mean fixed"),
 }
 
 
