@@ -38,7 +38,8 @@ def fuse(
     **options: Any,
 ) -> nn.Module:
     """Return the fusion of networks as an instance of the class, of the size of ``like``."""
-    seen = task.calibration(samples) if features == "activations" else None
+    calibrated = features == "activations" or "repair" in options
+    seen = task.calibration(samples) if calibrated else None
     result = fxfusion.fuse(models, kwargs=task.example(), calibration=seen, features=features, **options)
     return loaded(like, result.state_dict())
 

@@ -18,9 +18,9 @@ distillation    the same from the parents' averaged logits
 landscape       accuracy along and around the line between parents, as a picture
 ==============  ========================================================================================
 
-Every figure is the mean over pairs of parents, with the smallest and the largest. Tasks: digits (no data
-folder needed), mnist, cifar10, gpt2, bert (see tasks.py). Parents are trained once, and kept in
-``--checkpoints`` if that is given.
+Every figure is the mean over pairs of parents, with the smallest and the largest. Tasks: digits,
+digits-resnet (no data folder needed), mnist, cifar10, cifar10-resnet, gpt2, bert (see tasks.py). Parents are
+trained once, and kept in ``--checkpoints`` if that is given. Needs ``pip install -e '.[examples]'``.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ import dataclasses
 import functools
 import itertools
 import sys
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from measure import Measured
 from methods import average, first_layers, fuse, halved, loaded, mixed, moved, padded, truncated, tuned
 from rich.console import Console
 from rich.table import Table
@@ -46,8 +46,8 @@ from torch import nn
 import fxfusion
 
 Scores = dict[str, list[tuple[float, ...]]]  # by method: what is measured of every pair
-COLUMNS = ("accuracy, %", "loss", "barrier", "seconds")
-DIGITS = (1, 3, 3, 0)
+COLUMNS = ("accuracy, %", "loss", "barrier", "seconds", "memory, MiB")
+DIGITS = (1, 3, 3, 0, 0)
 STACKS = {"digits": "vit.layers", "mnist": "vit.layers", "cifar10": "vit.layers"}
 STACKS |= {"gpt2": "transformer.h", "bert": "bert.encoder.layer"}
 
@@ -138,6 +138,10 @@ def stages(study: Study) -> Scores:
             ("reference, Sinkhorn, activations", fxfusion.reference()),
             ("reference, EMD, weights", fxfusion.reference("weights", "hard")),
             ("weight matching (Git Re-Basin)", {"method": "permutation", "features": "weights"}),
+            (
+                "weight matching, units repaired",
+                {"method": "permutation", "features": "weights", "repair": "units"},
+            ),
             ("permutations", {"method": "permutation"}),
             ("permutations, units repaired", {"method": "permutation", "repair": "units"}),
             ("rotations", {"method": "orthogonal"}),
@@ -146,14 +150,13 @@ def stages(study: Study) -> Scores:
             ("learned", {"method": "learned", "refine": study.refinement, "samples": study.refined_on}),
         )
         for name, options in settings:
-            start = time.perf_counter()
-            fused = fuse(study.task, [left, right], right, **options)
-            seconds = time.perf_counter() - start
+            with Measured() as cost:
+                fused = fuse(study.task, [left, right], right, **options)
             accuracy, loss = study.task.score(fused)
-            scores.setdefault(name, []).append((accuracy, loss, loss - middle, seconds))
-            Console(stderr=True).print(
-                f"{name}: {accuracy:.2f} % {loss:.4f} {seconds:.0f} s", highlight=False
-            )
+            found = (accuracy, loss, loss - middle, cost.seconds, cost.mebibytes)
+            scores.setdefault(name, []).append(found)
+            line = f"{name}: {accuracy:.2f} % {loss:.4f} {cost.seconds:.0f} s {cost.mebibytes:.0f} MiB"
+            Console(stderr=True).print(line, highlight=False)
     return scores
 
 
@@ -229,6 +232,8 @@ def widths(study: Study) -> Scores:
     cases = {
         f"{full.width} into {half.width}": (full, half),
         f"{half.width} into {full.width}": (half, full),
+    }
+    within = {
         f"feed-forward {full.hidden} into {full.hidden // 2}": (
             full,
             dataclasses.replace(full, hidden=full.hidden // 2),
@@ -240,7 +245,7 @@ def widths(study: Study) -> Scores:
     }
     return _unequal(
         study,
-        cases,
+        {**cases, **within} if full.heads else cases,  # a residual network has channels alone
         lambda parent, like: truncated(parent, like) if _fits(like, parent) else padded(parent, like),
     )
 
@@ -445,6 +450,8 @@ def main(
     data: Annotated[Path | None, typer.Option(help="Data folder.")] = None,
     pairs: Annotated[int, typer.Option(min=1, help="Pairs of parents.")] = 3,
     steps: Annotated[int | None, typer.Option(help="Training steps of a parent.")] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTH,HEADS,HIDDEN,DEPTH of the networks.")] = None,
+    tested: Annotated[int | None, typer.Option(help="Score every n-th test sample.")] = None,
     tuning_steps: Annotated[int, typer.Option(help="Steps of further training.")] = 200,
     refine: Annotated[int, typer.Option(help="Steps in which transports are learned.")] = 400,
     samples: Annotated[int, typer.Option(help="Unlabelled samples that they are learned on.")] = 2000,
@@ -458,6 +465,10 @@ def main(
     found = load(task, data)
     if steps is not None:
         found = dataclasses.replace(found, steps=steps)
+    if size is not None:
+        found = dataclasses.replace(found, size=Size(*map(int, size.split(","))))
+    if tested is not None:
+        found = dataclasses.replace(found, test=(found.test[0][::tested], found.test[1][::tested]))
     place = output.parent if output is not None else Path()
     picture = place / f"landscape-{task}.png"
     learning = fxfusion.Refinement(steps=refine)

@@ -1,7 +1,8 @@
 """What networks are trained on: images and text, models of any size, one training loop for all.
 
 ``digits`` comes with scikit-learn and needs no data folder; ``mnist``, ``cifar10``, ``gpt2`` and ``bert``
-read theirs from one (see :func:`load`).
+read theirs from one (see :func:`load`). ``digits-resnet`` and ``cifar10-resnet`` are residual networks with
+batch normalisation on the same images, the others transformers.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ from transformers import (
     BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
+    ResNetConfig,
+    ResNetForImageClassification,
     ViTConfig,
     ViTForImageClassification,
 )
 
-TASKS = ("digits", "mnist", "cifar10", "gpt2", "bert")
+TASKS = ("digits", "digits-resnet", "mnist", "cifar10", "cifar10-resnet", "gpt2", "bert")
 IGNORED = -100  # label of a position that is not predicted
 MASKED_SHARE = 0.15
 BATCH = 128
@@ -40,7 +43,8 @@ class Size:
     Attributes
     ----------
     width, heads, hidden, depth : int
-        Residual stream, attention heads, hidden units of the feed-forward layers, layers.
+        Residual stream, attention heads, hidden units of the feed-forward layers, layers. Of a residual
+        network: channels of the first stage, none, none, blocks per stage.
     """
 
     width: int
@@ -229,6 +233,28 @@ def _vit(image: int, patch: int, channels: int) -> Callable[[Size], nn.Module]:
     return make
 
 
+def _resnet(channels: int) -> Callable[[Size], nn.Module]:
+    def make(size: Size) -> nn.Module:
+        widths = [size.width, 2 * size.width, 4 * size.width]
+        model = ResNetForImageClassification(
+            ResNetConfig(
+                num_channels=channels,
+                embedding_size=size.width,
+                hidden_sizes=widths,
+                depths=[size.depth] * 3,
+                layer_type="basic",
+                num_labels=10,
+            )
+        )
+        # The class begins with a stride of two and a pooling: meant for large images, these are small.
+        stem = model.resnet.embedder
+        stem.embedder.convolution = nn.Conv2d(channels, size.width, 3, 1, 1, bias=False)
+        stem.pooler = nn.Identity()
+        return model
+
+    return make
+
+
 def _gpt2(vocabulary: int, length: int) -> Callable[[Size], nn.Module]:
     def make(size: Size) -> nn.Module:
         return GPT2LMHeadModel(
@@ -283,15 +309,22 @@ def load(name: str, data: Path | None) -> Task:
         ``cifar10_train_0.npz`` to ``_4`` and ``cifar10_test.npz`` (``jpeg``: all files end to end,
         ``offsets``, ``labels``), ``tinyshakespeare.txt``.
     """
-    if name == "digits":
-        return _digits()
-    if data is None:
+    family, _, architecture = name.partition("-")
+    if family == "digits":
+        task = _digits()
+    elif data is None:
         raise SystemExit(f"{name} needs --data DIRECTORY")
-    if name == "mnist":
-        return _mnist(data)
-    if name == "cifar10":
-        return _cifar10(data)
-    return _text(name, data)
+    elif family == "mnist":
+        task = _mnist(data)
+    elif family == "cifar10":
+        task = _cifar10(data)
+    else:
+        task = _text(name, data)
+    if not architecture:
+        return task
+    make = _resnet(task.train[0].shape[1])
+    size = Size(16, 0, 0, 1) if family == "digits" else Size(16, 0, 0, 3)
+    return dataclasses.replace(task, name=name, make=make, size=size)
 
 
 def _digits() -> Task:
