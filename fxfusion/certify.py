@@ -13,7 +13,7 @@ from fxfusion.capture import Capture
 from fxfusion.execution import Program
 from fxfusion.folding import fold_norms
 from fxfusion.plan import Plan
-from fxfusion.symmetry import act, random_maps
+from fxfusion.symmetry import random_element
 
 TOLERANCE = 1e-9  # relative, in float64
 
@@ -77,7 +77,7 @@ def certify_plan(
     Certificate
     """
     generator = torch.Generator().manual_seed(seed)
-    twin = act(plan, random_maps(plan, generator), _turnable(plan, state))
+    twin = random_element(plan, _turnable(plan, state), generator)
     program = Program(capture, double=True)
     example = first_samples(capture, samples)
     inputs = example, randomise(example, generator)
@@ -98,8 +98,8 @@ def certify_plan(
 
 
 def _turnable(plan: Plan, state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    """Return weights on which rotations may act: their norms folded, widened since rotations round."""
-    if not plan.rotates:
+    """Return weights on which rotations and factors may act: norms folded, widened since both round."""
+    if not plan.rotates and not plan.scalings:
         return state
     wide = {
         name: tensor.detach().double() if tensor.is_floating_point() else tensor

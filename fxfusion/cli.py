@@ -295,7 +295,7 @@ def fuse(
     ] = None,
     symmetry: Annotated[
         Symmetry | None,
-        typer.Option("--symmetry", help="Nothing, permutations, or rotations of a space where it may turn."),
+        typer.Option("--symmetry", help="Nothing, permutations, or the largest group of every space."),
     ] = None,
     repair: Annotated[
         Repair | None,

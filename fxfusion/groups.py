@@ -1,4 +1,4 @@
-"""Which group may act on a space: beyond permutations, rotations of its units.
+"""Which group may act on a space: beyond permutations, positive factors, rotations, invertible maps.
 
 Every operator that meets a space must treat it alike whatever its basis is: sums, contractions and views do;
 RMS normalisation does up to its weight, layer normalisation for rotations that leave the mean alone.
@@ -17,22 +17,12 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from fxfusion.capture import Capture
+from fxfusion.holding import KEEPING, METADATA, Held
 from fxfusion.layout import AxisBlock, Block, Factor, ParameterLayout
-from fxfusion.plan import Fold, Plan, Role, Symmetry
+from fxfusion.plan import Fold, Plan, Role, Scaling, Space, Symmetry
 from fxfusion.rules.registry import operator_name
+from fxfusion.scaling import scalings
 
-# They keep every unit's values, or combine units with the same numbers wherever they lie.
-KEEPING = (
-    "view reshape _unsafe_view transpose permute t expand clone contiguous to _to_copy alias unsqueeze "
-    "squeeze detach dropout flatten unflatten split split_with_sizes chunk narrow slice select unbind "
-    "index_select roll flip embedding neg positive movedim index repeat lift_fresh_copy type_as expand_as "
-    "view_as avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d cat stack"
-)
-METADATA = (
-    "sym_size _assert_tensor_metadata zeros_like ones_like full_like new_zeros new_ones new_full empty_like "
-    "new_empty _assert_async _assert_scalar"
-)
-_KEEPING, _METADATA = frozenset(KEEPING.split()), frozenset(METADATA.split())
 _ADDING = frozenset(["add", "sub", "rsub"])
 _REDUCING = frozenset(["mean", "sum"])
 _BIASES = {"linear": 2, "conv1d": 2, "conv2d": 2, "conv3d": 2, "convolution": 2, "addmm": 0, "baddbmm": 0}
@@ -53,12 +43,15 @@ class Group:
     folds : tuple of Fold
         What must be folded before a rotation may act.
     reason : str
-        What leaves the space with permutations: an operator and its graph node; or empty.
+        What leaves the space without rotations: an operator and its graph node; or empty.
+    scalings : tuple of Scaling
+        How its units may be scaled.
     """
 
     symmetry: Symmetry
     folds: tuple[Fold, ...] = ()
     reason: str = ""
+    scalings: tuple[Scaling, ...] = ()
 
 
 class _NotLinearError(Exception):
@@ -78,8 +71,28 @@ def groups(capture: Capture, plan: Plan) -> dict[str, Group]:
     dict of str to Group
         By name of space.
     """
-    graph = _Held(capture, plan)
-    return {space.name: _SpaceGroup(graph, space.name).infer() for space in plan.spaces}
+    held = Held(capture, plan)
+    return {space.name: _group(held, space.name) for space in plan.spaces}
+
+
+def _group(held: Held, space: str) -> Group:
+    group = _SpaceGroup(held, space).infer()
+    if group.symmetry is Symmetry.PERMUTATION:
+        ways = scalings(held, space)
+        return dataclasses.replace(group, symmetry=Symmetry.SCALED, scalings=ways) if ways else group
+    if group.symmetry is Symmetry.ORTHOGONAL and not group.folds:
+        ways = scalings(held, space)
+        if len(ways) == 1 and _is_everywhere(ways[0], held.plan[space]):
+            return dataclasses.replace(group, symmetry=Symmetry.LINEAR, scalings=ways)
+    return group
+
+
+def _is_everywhere(scaling: Scaling, space: Space) -> bool:
+    """Return whether a map, or its inverse, acts at every place of a space."""
+    places = {(place.parameter, place.axis) for place in space.incidences}
+    alone = len({name for name, _ in places}) == len(places)  # no parameter maps the space to itself
+    acting = {place[:2] for place in scaling.exponents}
+    return alone and places == acting and {abs(value) for value in scaling.exponents.values()} == {1.0}
 
 
 def enlarge(capture: Capture, plan: Plan, accepts: Callable[[Fold], bool] = lambda fold: True) -> Plan:
@@ -115,7 +128,8 @@ def enlarge(capture: Capture, plan: Plan, accepts: Callable[[Fold], bool] = lamb
         for space in plan.spaces
     )
     layouts = {name: _emptied(layout) if name in folded else layout for name, layout in plan.layouts.items()}
-    return dataclasses.replace(plan, spaces=spaces, layouts=layouts, folds=folds)
+    ways = tuple(way for group in found.values() for way in group.scalings)
+    return dataclasses.replace(plan, spaces=spaces, layouts=layouts, folds=folds, scalings=ways)
 
 
 def _emptied(layout: ParameterLayout) -> ParameterLayout:
@@ -123,63 +137,13 @@ def _emptied(layout: ParameterLayout) -> ParameterLayout:
     return dataclasses.replace(layout, blocks=(Block(axes),))
 
 
-class _Held:
-    """Which axes of every tensor of a graph hold which space."""
-
-    def __init__(self, capture: Capture, plan: Plan) -> None:
-        self.plan = plan
-        self.parameters: dict[fx.Node, str] = {}
-        self.axes: dict[fx.Node, list[list[AxisBlock]]] = {}
-        self.nodes: dict[str, list[fx.Node]] = {}  # that hold a space or read a node that does
-        for node in capture.module.graph.nodes:
-            name = capture.aliases.get(str(node.target), str(node.target))
-            if node.op == "get_attr" and name in plan.layouts:
-                self.parameters[node] = name
-                blocks = [list(block.axes) for block in plan.layouts[name].blocks]
-                self.axes[node] = [list(axis) for axis in zip(*blocks, strict=True)]
-            elif node.name in plan.activations:
-                found = [block.axes for block in plan.activations[node.name]]
-                self.axes[node] = [
-                    [part for part in axis if part is not None] for axis in zip(*found, strict=True)
-                ]
-            if node.op == "call_function":
-                met = {space for item in (node, *node.all_input_nodes) for space in self.spaces(item)}
-                for space in met:
-                    self.nodes.setdefault(space, []).append(node)
-
-    def spaces(self, node: fx.Node) -> set[str]:
-        """Return the spaces that a tensor holds."""
-        parts = (part for axis in self.axes.get(node, ()) for part in axis)
-        return {factor.space for part in parts for factor in part.factors if factor.space}
-
-    def where(self, node: fx.Node, space: str) -> list[int]:
-        """Return the axes of a tensor that hold a space."""
-        return [
-            index
-            for index, parts in enumerate(self.axes.get(node, ()))
-            if any(factor.space == space for part in parts for factor in part.factors)
-        ]
-
-    def is_whole(self, node: fx.Node, axis: int, space: str) -> bool:
-        """Return whether an axis enumerates the units of a space and nothing else."""
-        parts = self.axes[node][axis]
-        return all([factor.space for factor in part.factors] == [space] for part in parts)
-
-    def parameter(self, node: fx.Node) -> str | None:
-        """Return the parameter of which a tensor is a view."""
-        while node not in self.parameters:
-            if operator_name(node.target) not in _KEEPING or len(node.all_input_nodes) != 1:
-                return None
-            node = node.all_input_nodes[0]
-        return self.parameters[node]
-
-
 class _SpaceGroup:
     """The search for what stands against rotations of one space."""
 
-    def __init__(self, graph: _Held, space: str) -> None:
+    def __init__(self, graph: Held, space: str) -> None:
         self.graph, self.space = graph, space
         self.squares: set[fx.Node] = set()
+        self.followed: set[fx.Node] = set()  # units lie in them, but no layout is known
         self.scales: dict[fx.Node, tuple[str, str | None]] = {}  # normalised tensor: norm weight, bias
         self.fixes_mean = False
 
@@ -204,13 +168,15 @@ class _SpaceGroup:
         operands = [
             item for item in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(item, fx.Node)
         ]
-        if operator in _METADATA:
+        if operator in METADATA:
             return
+        if self._holds(node) and not any(self._holds(item) or item in self.followed for item in operands):
+            raise self._refuse(node, "makes them, as copies that are alike")
         if any(item in self.squares for item in operands):
             if operator not in _REDUCING or self._holds(node):
                 raise self._refuse(node, "takes squares of single units")
             return
-        if node.target is getitem or operator in _KEEPING:
+        if node.target is getitem or operator in KEEPING:
             self._keep(node, operator, operands)
         elif operator in _ADDING:
             self._goes_on(node, operands)
@@ -253,20 +219,24 @@ class _SpaceGroup:
         while pending:
             for user in pending.pop().users:
                 operator = operator_name(user.target)
-                if user in seen or user in self.graph.axes or operator in _METADATA:
+                if user in seen or operator in METADATA:
                     continue
-                if user.target is not getitem and operator not in _KEEPING:
+                if user.target is not getitem and operator not in KEEPING:
                     raise self._refuse(
                         user, "reads units that are not followed: data, or other units, pick them"
                     )
                 seen.add(user)
-                pending.append(user)
+                if user not in self.graph.axes:
+                    pending.append(user)
+        self.followed |= seen
 
     def _reduce(self, node: fx.Node) -> None:
         if self._holds(node):
             return
         x = node.args[0]
         given = node.args[1] if len(node.args) > 1 else None
+        if x not in self.graph.axes:
+            raise self._refuse(node, "sums units that are not followed")
         count = len(self.graph.axes[x])  # type: ignore[index]
         axes = range(count) if not given else [axis % count for axis in pytree.tree_leaves(given)]
         if not set(self.graph.where(x, self.space)) <= set(axes):  # type: ignore[arg-type]
@@ -276,6 +246,7 @@ class _SpaceGroup:
     def _keep(self, node: fx.Node, operator: str, operands: Sequence[fx.Node]) -> None:
         if node not in self.graph.axes:
             self._follow(node)
+            return
         if operator not in ("cat", "stack"):
             return
         places = self.graph.where(node, self.space)
@@ -327,7 +298,7 @@ class _SpaceGroup:
     def _normalise(self, node: fx.Node, operator: str) -> None:
         x, sizes = node.args[:2]
         assert isinstance(x, fx.Node)
-        places, last = self.graph.where(x, self.space), len(self.graph.axes[x]) - 1
+        places, last = self.graph.where(x, self.space), len(self.graph.axes.get(x, ())) - 1
         if places != [last] or len(sizes) != 1 or not self.graph.is_whole(x, last, self.space):  # type: ignore[arg-type]
             raise self._refuse(node, "normalises them apart, or with others")
         self.fixes_mean |= "layer" in operator
@@ -349,7 +320,7 @@ class _SpaceGroup:
         while pending:
             item = pending.pop()
             for user in item.users:
-                if user in seen or user.op == "output" or operator_name(user.target) in _METADATA:
+                if user in seen or user.op == "output" or operator_name(user.target) in METADATA:
                     continue
                 seen.add(user)
                 reader = self._reader(user, item)
@@ -368,7 +339,7 @@ class _SpaceGroup:
     def _reader(self, user: fx.Node, item: fx.Node) -> tuple[str, int] | None:
         """Return the parameter that contracts over what is normalised; None where it passes through."""
         operator = operator_name(user.target)
-        if operator in _KEEPING or user.target is getitem:
+        if operator in KEEPING or user.target is getitem:
             if operator in ("cat", "stack"):
                 raise self._refuse(user, "joins what is normalised with something else")
             return None
@@ -392,9 +363,9 @@ class _SpaceGroup:
         pending = [node for node, parameter in self.graph.parameters.items() if parameter == name]
         while pending:
             for user in pending.pop().users:
-                if operator_name(user.target) in _METADATA:
+                if operator_name(user.target) in METADATA:
                     continue
-                if operator_name(user.target) in _KEEPING and len(user.all_input_nodes) == 1:
+                if operator_name(user.target) in KEEPING and len(user.all_input_nodes) == 1:
                     pending.append(user)
                 else:
                     yield user

@@ -25,6 +25,7 @@ from fxfusion.pairing import widths_differ
 from fxfusion.passes.align import Align
 from fxfusion.passes.align_flow import AlignFlow
 from fxfusion.passes.apply_transports import ApplyTransports
+from fxfusion.passes.balance import Balance
 from fxfusion.passes.base import FusionPass
 from fxfusion.passes.fold_norms import FoldNorms
 from fxfusion.passes.merge import Merge, write
@@ -320,9 +321,9 @@ def fuse(
         Which calibration activations count: class tokens, a window, a random share, confident samples.
     symmetry : {"none", "permutation", "largest"}
         What may act on a space: nothing (the vanilla average), permutations, or whatever leaves the function
-        unchanged. Residual streams and the dimensions of heads may often turn as a whole, once norm weights
-        are in what reads the stream. By default the largest where
-        hard couplings are solved from activations, permutations elsewhere.
+        unchanged. Residual streams may often turn as a whole, once norm weights are in what reads them,
+        dimensions of heads take any invertible map, units before a ReLU a positive factor. By default the
+        largest where hard couplings are solved from activations, permutations elsewhere.
     repair : {"norms", "units", "none"}
         What calibration data correct after averaging: statistics of batch normalisations; or also, of
         layers with a bias, mean and deviation of every unit; or nothing. By default units where neither
@@ -687,6 +688,7 @@ def _based(job: _Job, settings: Settings) -> FusionState:
         _hold(state)
     if settings.symmetry == "largest":
         job.run(FoldNorms())
+        job.run(Balance())
     with job.clock.measure("certify"):
         state.certificates = _certify_all(state, job.models, settings.seed, settings.progress)
     seen = job.batches if settings.features == "activations" else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import networkx as nx
 
@@ -18,15 +18,19 @@ class Symmetry(enum.Enum):
 
     FIXED = "fixed"
     PERMUTATION = "permutation"
+    SCALED = "permutation, positive scale"
+    """Permutations, and a positive factor per unit."""
     CENTRED = "orthogonal, mean fixed"
     """Rotations and reflections that leave alone the mean of the units."""
     ORTHOGONAL = "orthogonal"
     """All rotations and reflections."""
+    LINEAR = "general linear"
+    """All invertible maps."""
 
     @property
     def rotates(self) -> bool:
-        """Whether the group holds more than permutations."""
-        return self in (Symmetry.CENTRED, Symmetry.ORTHOGONAL)
+        """Whether the group holds rotations."""
+        return self in (Symmetry.CENTRED, Symmetry.ORTHOGONAL, Symmetry.LINEAR)
 
 
 class Role(enum.Enum):
@@ -115,6 +119,27 @@ class Fold:
     space: str
 
 
+Place = tuple[str, int, int]
+"""A parameter, its axis, and where on the axis a block of units begins."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+    """One way to scale the units of a space (see :mod:`fxfusion.scaling`).
+
+    Attributes
+    ----------
+    space : str
+        Name of the space.
+    exponents : mapping of Place to float
+        To what power a unit's factor multiplies there: 1 where it is written, -1 where it is read. Where an
+        invertible map acts, it acts itself for 1, its inverse for -1. Other places stay.
+    """
+
+    space: str
+    exponents: Mapping[Place, float]
+
+
 @dataclasses.dataclass(frozen=True)
 class Limit:
     """Something that inference had to fix, and why.
@@ -192,6 +217,8 @@ class Plan:
         The spaces over which products of two activations are summed: dimensions of queries and keys.
     folds : tuple of Fold
         Norms whose weights must be folded before a space may turn (:mod:`fxfusion.folding`).
+    scalings : tuple of Scaling
+        How units may be scaled; of a space of invertible maps, where the inverse acts.
     """
 
     spaces: tuple[Space, ...]
@@ -204,6 +231,7 @@ class Plan:
     evidence: Evidence = dataclasses.field(default_factory=Evidence, repr=False)
     products: frozenset[str] = frozenset()
     folds: tuple[Fold, ...] = ()
+    scalings: tuple[Scaling, ...] = ()
 
     @property
     def rotates(self) -> bool:
@@ -225,6 +253,11 @@ class Plan:
             if space.name == name:
                 return space
         raise KeyError(name)
+
+    def only(self, parameters: Collection[str]) -> Plan:
+        """Return a plan of some parameters."""
+        layouts = {name: layout for name, layout in self.layouts.items() if name in parameters}
+        return dataclasses.replace(self, layouts=layouts)
 
     def scope_size(self, name: str) -> int:
         """Return the number of units of a space, fixed or free, by name."""

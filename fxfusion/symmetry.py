@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from fxfusion.capture import Capture
-from fxfusion.plan import Plan, Role, Space, Symmetry
-from fxfusion.transport.map import HardMap, Map, Maps, SoftMap, apart, transport_tensor
+from fxfusion.layout import Block
+from fxfusion.plan import Plan, Role, Scaling, Space, Symmetry
+from fxfusion.transport.map import (
+    HardMap,
+    Map,
+    Maps,
+    SoftMap,
+    apart,
+    scope_dimensions,
+    transport_tensor,
+)
 from fxfusion.transport.rotation import random_rotation
 
 
@@ -24,7 +33,7 @@ def random_maps(plan: Plan, generator: torch.Generator) -> dict[str, Map]:
     Returns
     -------
     dict of str to HardMap or SoftMap
-        One permutation or rotation per space and, below outer spaces, per unit of those.
+        One permutation, rotation or invertible map per space and, below outer spaces, per unit of those.
     """
     return {
         space.name: (
@@ -36,11 +45,41 @@ def random_maps(plan: Plan, generator: torch.Generator) -> dict[str, Map]:
     }
 
 
+def random_element(
+    plan: Plan, state: Mapping[str, torch.Tensor], generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """Move weights by a random element of the symmetry group: :func:`random_maps`, then factors of units."""
+    moved = act(plan, random_maps(plan, generator), state)
+    for scaling in plan.scalings:
+        space = plan[scaling.space]
+        if space.symmetry is Symmetry.SCALED:
+            sizes = [*map(plan.scope_size, space.scope), space.size]
+            moved = scale(plan, scaling, _factors(sizes, generator), moved)
+    return moved
+
+
+def _factors(sizes: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    """Draw factors from a half to two."""
+    return torch.exp2(2 * torch.rand(*sizes, generator=generator, dtype=torch.float64) - 1)
+
+
 def _random_rotations(plan: Plan, space: Space, generator: torch.Generator) -> SoftMap:
     outer = [plan.scope_size(name) for name in space.scope]
-    drawn = random_rotation(space.size, generator, space.symmetry is Symmetry.CENTRED, math.prod(outer))
+    count = math.prod(outer)
+    drawn = random_rotation(space.size, generator, space.symmetry is Symmetry.CENTRED, count)
+    if space.symmetry is Symmetry.LINEAR:
+        other = random_rotation(space.size, generator, count=count)
+        drawn = drawn * _factors([count, 1, space.size], generator) @ other
+        return invertible(space, drawn.reshape(*outer, space.size, space.size))
     turned = apart(drawn.reshape(*outer, space.size, space.size), len(outer))
     return SoftMap(space.scope, turned, turned)
+
+
+def invertible(space: Space, matrices: torch.Tensor) -> SoftMap:
+    """Return invertible matrices ``[outer..., n, n]`` as a transport, which reads by their inverses."""
+    inverse = torch.linalg.inv(matrices).mT
+    count = len(space.scope)
+    return SoftMap(space.scope, apart(matrices, count), apart(inverse, count))
 
 
 def _random_permutations(plan: Plan, space: Space, generator: torch.Generator) -> HardMap:
@@ -82,7 +121,7 @@ def act(plan: Plan, maps: Maps, state: Mapping[str, torch.Tensor]) -> dict[str, 
     dict of str to torch.Tensor
         The transported weights. What no map touches is the given tensor itself.
     """
-    reading = reading_axes(plan)
+    reading, contrary = reading_axes(plan), _contrary_blocks(plan)
     moved = dict(state)
     for name, layout in plan.layouts.items():
         moved[name] = transport_tensor(
@@ -92,7 +131,74 @@ def act(plan: Plan, maps: Maps, state: Mapping[str, torch.Tensor]) -> dict[str, 
             reading.get(name, frozenset()),
             layout,
             plan.gains,
+            contrary.get(name, ()),
         )
+    return moved
+
+
+def place_dimension(block: Block, space: str, axis: int, offset: int) -> int | None:
+    """Return which dimension of a block's view enumerates a space at a place; None if it lies elsewhere."""
+    if block.axes[axis].offset != offset:
+        return None
+    first = sum(len(part.factors) for part in block.axes[:axis])
+    names = [factor.space for factor in block.axes[axis].factors]
+    return first + names.index(space) if space in names else None
+
+
+def _contrary_blocks(plan: Plan) -> dict[str, tuple[frozenset[str], ...]]:
+    """Return of every block of a parameter the spaces of which it takes the other side.
+
+    What writes a space takes a map, what reads it the inverse; but of queries and keys, which both write,
+    one takes the inverse.
+    """
+    reading = reading_axes(plan)
+    found: dict[str, list[set[str]]] = {}
+    for scaling in plan.scalings:
+        if plan[scaling.space].symmetry is not Symmetry.LINEAR:
+            continue
+        for (name, axis, offset), exponent in scaling.exponents.items():
+            if name not in plan.layouts or (exponent > 0) == (axis not in reading.get(name, ())):
+                continue
+            blocks = plan.layouts[name].blocks
+            sets = found.setdefault(name, [set() for _ in blocks])
+            for block, spaces in zip(blocks, sets, strict=True):
+                if place_dimension(block, scaling.space, axis, offset) is not None:
+                    spaces.add(scaling.space)
+    return {name: tuple(map(frozenset, sets)) for name, sets in found.items()}
+
+
+def scale(
+    plan: Plan, scaling: Scaling, factors: torch.Tensor, state: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Multiply the units of a space by factors, each place by its power of them.
+
+    Parameters
+    ----------
+    plan : Plan
+    scaling : Scaling
+    factors : torch.Tensor
+        ``[outer units..., n]``, positive.
+    state : mapping of str to torch.Tensor
+        Weights by the names that the graph uses; not written.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        What no factor reaches is the given tensor itself.
+    """
+    space, moved = plan[scaling.space], dict(state)
+    for name in dict.fromkeys(name for name, _, _ in scaling.exponents):
+        moved[name] = state[name].detach().clone()
+    for (name, axis, offset), exponent in scaling.exponents.items():
+        for block in plan.layouts[name].blocks:
+            dimension = place_dimension(block, space.name, axis, offset)
+            if dimension is None:
+                continue
+            view = block.view(moved[name])
+            leading = [*scope_dimensions(block, dimension, space.scope), dimension]
+            rows = view.movedim(leading, list(range(len(leading))))
+            power = factors.pow(exponent).to(rows)
+            rows.mul_(power.reshape(*power.shape, *[1] * (rows.ndim - power.ndim)))
     return moved
 
 

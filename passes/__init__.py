@@ -5,6 +5,7 @@
 :mod:`~fxfusion.passes.propagate`         infer the space of every axis; attach the plan
 :mod:`~fxfusion.passes.pair`              give every parent its graph and plan, and pair their spaces
 :mod:`~fxfusion.passes.fold_norms`        let spaces turn: norm weights go into what reads them
+:mod:`~fxfusion.passes.balance`           choose factors of units and bases of heads alike in all parents
 :mod:`~fxfusion.passes.align`             solve one transport per space and parent
 :mod:`~fxfusion.passes.align_flow`        or one per layer and parent, carried along the network
 :mod:`~fxfusion.passes.apply_transports`  carry the transports through every parameter

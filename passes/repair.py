@@ -24,17 +24,11 @@ from fxfusion.calibration import Batches
 from fxfusion.errors import OptionError
 from fxfusion.passes.base import FusionPass
 from fxfusion.passes.merge import write
-from fxfusion.plan import Plan
 from fxfusion.progress import Progress, silent
 from fxfusion.repair import Source, corrected_statistics, rescaled_units
 from fxfusion.state import FusionState, state_of
 from fxfusion.symmetry import act
 from fxfusion.transport.flow import carried
-
-
-def _alone(plan: Plan, name: str) -> Plan:
-    """Return a plan of one buffer."""
-    return dataclasses.replace(plan, layouts={name: plan.layouts[name]})
 
 
 @dataclasses.dataclass(eq=False)
@@ -87,11 +81,11 @@ class Repair(FusionPass):
             return Source(state.capture, state.aligned[index])
 
         def carry(name: str, values: torch.Tensor) -> torch.Tensor:
-            moved = carried(_alone(parent.plan, name), alignment, {name: values})
+            moved = carried(parent.plan.only([name]), alignment, {name: values})
             further = state.refined.maps[index] if state.refined is not None else None
             if further is not None:
                 assert state.plan is not None
-                moved = act(_alone(state.plan, name), further, moved)
+                moved = act(state.plan.only([name]), further, moved)
             return moved[name]
 
         return Source(parent.capture, parent.state, carry)

@@ -1,4 +1,4 @@
-"""Spaces that may turn: which, after which folding, and that planted rotations are found again."""
+"""Groups beyond permutations: which, after which folding, and that planted elements are found again."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from fxfusion.certify import certify_plan
 from fxfusion.errors import OptionError
 from fxfusion.folding import fold_norms
 from fxfusion.groups import enlarge, groups
-from fxfusion.plan import Plan, Symmetry
+from fxfusion.plan import Plan, Scaling, Symmetry
 from fxfusion.state import state_of
-from fxfusion.symmetry import act, complete, random_maps
+from fxfusion.symmetry import complete, random_element
 from fxfusion.transport.rotation import complement, procrustes, random_rotation
 from tests import zoo
 
@@ -71,21 +71,22 @@ def test_what_has_no_mean_is_turned_without_one() -> None:
 
 # -- which spaces may turn ----------------------------------------------------------------------------
 
-# Number of spaces that may turn, number of norms folded for it, and the group of the residual stream.
-KNOWN: dict[str, tuple[int, int, str]] = {
-    "hf_vit": (5, 5, "orthogonal, mean fixed"),
-    "llama": (3, 5, "orthogonal"),  # rotary dimensions stay: they are pairs
-    "bert": (
-        4,
-        0,
-        "permutation",
-    ),  # after every sum a norm, whose weight is in the stream; and GELU in its head
-    "gpt2": (4, 0, "permutation"),  # the head is the embedding, into which the last norm cannot go
-    "opt": (4, 0, "permutation"),
-    "t5": (12, 0, "permutation"),
-    "resnet18": (0, 0, "permutation"),
+SCALED = "permutation, positive scale"
+# Number of spaces with rotations, of those with invertible maps, of those with factors of their units, number
+# of norms folded, and the group of the residual stream.
+KNOWN: dict[str, tuple[int, int, int, int, str]] = {
+    "hf_vit": (5, 4, 0, 5, "orthogonal, mean fixed"),
+    # Rotary dimensions stay: they are pairs. What is gated has factors.
+    "llama": (3, 2, 2, 5, "orthogonal"),
+    # After every sum a norm, whose weight is in the stream; and GELU in its head, before which is a factor.
+    "bert": (4, 4, 1, 0, SCALED),
+    # The head is the embedding, into which the last norm cannot go. Others have a factor after them.
+    "gpt2": (4, 4, 1, 0, SCALED),
+    "opt": (4, 4, 3, 0, SCALED),
+    "t5": (12, 12, 5, 0, SCALED),
+    "resnet18": (0, 0, 12, 0, SCALED),
     # Queries, keys and values lie in one tensor, which a view with an axis of three takes apart.
-    "vit_tiny_patch16_224": (25, 25, "orthogonal, mean fixed"),
+    "vit_tiny_patch16_224": (25, 24, 0, 25, "orthogonal, mean fixed"),
 }
 
 
@@ -93,8 +94,9 @@ KNOWN: dict[str, tuple[int, int, str]] = {
 def test_spaces_that_may_turn(name: str) -> None:
     capture, plan = largest(zoo.build(name), *zoo.inputs(name))
     stream = max((space for space in plan if not space.scope), key=lambda space: len(space.incidences))
-    turning = sum(space.symmetry.rotates for space in plan)
-    assert (turning, len(plan.folds), stream.symmetry.value) == KNOWN[name]
+    groups = [space.symmetry for space in plan]
+    counts = sum(group.rotates for group in groups), *map(groups.count, (Symmetry.LINEAR, Symmetry.SCALED))
+    assert (*counts, len(plan.folds), stream.symmetry.value) == KNOWN[name]
     weights = capture.canonical(zoo.build(name).state_dict())
     certificate = certify_plan(capture, plan, weights, capture.select_outputs(None))
     assert certificate.ok, certificate
@@ -133,6 +135,8 @@ class Stream(nn.Module):
                 x = x.relu()
             case "scale":
                 x = x + self.scale * x
+            case "sigmoid":
+                x = x.sigmoid()
             case "gate":
                 x = x * x.sigmoid()
             case "shift":
@@ -153,23 +157,32 @@ class Stream(nn.Module):
 
 
 LARGER = {
-    "permutation": (Symmetry.CENTRED, Symmetry.ORTHOGONAL),
-    "orthogonal, mean fixed": (Symmetry.ORTHOGONAL,),
-    "orthogonal": (),
+    "permutation": (Symmetry.SCALED, Symmetry.CENTRED, Symmetry.ORTHOGONAL, Symmetry.LINEAR),
+    SCALED: (Symmetry.CENTRED, Symmetry.ORTHOGONAL, Symmetry.LINEAR),
+    "orthogonal, mean fixed": (Symmetry.SCALED, Symmetry.ORTHOGONAL, Symmetry.LINEAR),
+    "orthogonal": (Symmetry.SCALED, Symmetry.LINEAR),
+    "general linear": (),
+}
+WRITTEN_AND_READ = {
+    ("embed.weight", 0, 0): 1.0,
+    ("embed.bias", 0, 0): 1.0,
+    ("norm.bias", 0, 0): 1.0,
+    ("head.weight", 1, 0): -1.0,
 }
 
 
 @pytest.mark.parametrize(
     ("what", "expected"),
     [
-        ("nothing", "orthogonal"),
-        ("relu", "permutation"),
-        ("scale", "permutation"),
+        ("nothing", "general linear"),
+        ("relu", SCALED),
+        ("scale", SCALED),
+        ("sigmoid", "permutation"),
         ("gate", "permutation"),
         ("shift", "orthogonal, mean fixed"),
         ("mean", "orthogonal, mean fixed"),
         ("square", "orthogonal"),
-        ("squares", "permutation"),
+        ("squares", SCALED),
         ("layer norm", "orthogonal, mean fixed"),
         ("rms norm", "orthogonal"),
         ("layer norm in stream", "permutation"),
@@ -185,7 +198,12 @@ def test_what_lets_a_stream_turn(what: str, expected: str) -> None:
     assert space.symmetry.value == expected
     assert certify_plan(capture, plan, capture.canonical(model.state_dict()), frozenset({0})).ok
     for wrong in LARGER[expected]:
-        planted = dataclasses.replace(plan, spaces=(dataclasses.replace(space, symmetry=wrong),))
+        exponents = {place: value for place, value in WRITTEN_AND_READ.items() if place[0] in plan.layouts}
+        planted = dataclasses.replace(
+            plan,
+            spaces=(dataclasses.replace(space, symmetry=wrong),),
+            scalings=(Scaling(space.name, exponents),),
+        )
         certificate = certify_plan(
             capture, planted, capture.canonical(model.state_dict()), frozenset({0}), diagnose=False
         )
@@ -233,8 +251,9 @@ def test_a_bias_that_cannot_be_divided_leaves_permutations() -> None:
 # -- fusing -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["hf_vit", "llama", "bert", "gpt2"])
-def test_planted_rotations_are_found(name: str) -> None:
+@pytest.mark.parametrize("name", ["hf_vit", "llama", "bert", "gpt2", "opt"])
+def test_planted_elements_are_found(name: str) -> None:
+    """Rotations, invertible maps of heads and factors of units, all at once."""
     args, kwargs = zoo.inputs(name)
     model = zoo.build(name)
     prepared = fxfusion.prepare(model, args, kwargs)
@@ -243,7 +262,7 @@ def test_planted_rotations_are_found(name: str) -> None:
         key: tensor.double() if tensor.is_floating_point() else tensor
         for key, tensor in capture.canonical(prepared.state_dict()).items()
     }
-    turned = act(plan, random_maps(plan, torch.Generator().manual_seed(3)), fold_norms(plan, wide))
+    turned = random_element(plan, fold_norms(plan, wide), torch.Generator().manual_seed(3))
     twin = copy.deepcopy(model)
     state = complete(capture, turned, model.state_dict())
     twin.load_state_dict({key: tensor.to(model.state_dict()[key].dtype) for key, tensor in state.items()})

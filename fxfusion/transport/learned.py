@@ -2,7 +2,8 @@
 
 Closed forms compare one layer at a time. Here every space of an aligned parent gets a further element of its
 own group: of rotations by the Cayley transform (inside the complement of the ones vector where the mean must
-stay), of permutations by an assignment forward and scores backward (straight-through, Bengio et al. 2013).
+stay), of invertible maps by the matrix exponential, of permutations by an assignment forward and scores
+backward (straight-through, Bengio et al. 2013).
 Merged networks at random points near the wanted average are run on calibration data and brought to the
 parents' average outputs by gradient descent on these elements alone. The group is never left, so the aligned
 parents compute what they did.
@@ -141,6 +142,25 @@ class _Turn:
         return self.map(parameter.double())
 
 
+class _Invertible:
+    """An invertible map per unit of the outer spaces, near the identity."""
+
+    def __init__(self, plan: Plan, space: Space, device: torch.device) -> None:
+        self.space = space
+        outer = [plan.scope_size(name) for name in space.scope]
+        self.parameter = torch.zeros(*outer, space.size, space.size, device=device, requires_grad=True)
+
+    def map(self, parameter: torch.Tensor) -> Map:
+        """Return the transport at a value of the parameter, in its precision."""
+        count = len(self.space.scope)
+        itself, inverse = torch.matrix_exp(parameter), torch.matrix_exp(-parameter).mT
+        return SoftMap(self.space.scope, apart(itself, count), apart(inverse, count))
+
+    def final(self, parameter: torch.Tensor) -> Map:
+        """Return the transport to keep."""
+        return self.map(parameter.double())
+
+
 class _Swap:
     """A permutation per unit of the outer spaces: the assignment of largest total score."""
 
@@ -166,7 +186,13 @@ class _Swap:
         return HardMap(self.space.scope, self._index(parameter))
 
 
-_Element = _Turn | _Swap
+_Element = _Turn | _Invertible | _Swap
+
+
+def _element(plan: Plan, space: Space, device: torch.device, margin: float) -> _Element:
+    if space.symmetry is Symmetry.LINEAR:
+        return _Invertible(plan, space, device)
+    return _Turn(plan, space, device) if space.symmetry.rotates else _Swap(plan, space, device, margin)
 
 
 def refine(
@@ -244,7 +270,7 @@ class _Learner:
         margin = self.options.rate * _SCORES * _MARGIN
         self.elements: dict[int, list[_Element]] = {
             index: [
-                _Turn(plan, space, device) if space.symmetry.rotates else _Swap(plan, space, device, margin)
+                _element(plan, space, device, margin)
                 for space in plan.spaces
                 if space.name not in outer and space.size > 1
             ]
@@ -302,6 +328,8 @@ class _Learner:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * decay
             loss = self._loss(position, inputs, self._shares(memory.step))
+            if not torch.isfinite(loss):  # steps were too large: the best so far is kept
+                break
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -104,6 +104,7 @@ def transport_tensor(
     reading: frozenset[int] = frozenset(),
     into: ParameterLayout | None = None,
     gains: Gains | None = None,
+    contrary: Sequence[frozenset[str]] = (),
 ) -> torch.Tensor:
     """Carry transports through a parameter.
 
@@ -121,6 +122,8 @@ def transport_tensor(
         How they lie in the target's parameter, if that has other widths.
     gains : Gains, optional
         What the result is multiplied by.
+    contrary : sequence of frozenset of str
+        Per block, the spaces whose soft maps apply their other side there; none by default.
 
     Returns
     -------
@@ -139,11 +142,18 @@ def transport_tensor(
         return tensor
     into = into or layout
     result = tensor.new_empty(into.shape)
-    for block, place in zip(layout.blocks, into.blocks, strict=True):
-        view = transport_block(block, block.view(tensor), maps, reading)
+    exchanged = contrary or [frozenset[str]()] * len(layout.blocks)
+    for block, place, turned in zip(layout.blocks, into.blocks, exchanged, strict=True):
+        others = {name: _exchanged(maps[name]) for name in turned & maps.keys()}
+        view = transport_block(block, block.view(tensor), {**maps, **others}, reading)
         factor = gains.of(layout, block, reading) if gains is not None else 1.0
         place.view(result).copy_(view if factor == 1.0 else view * factor)
     return result
+
+
+def _exchanged(item: Map) -> Map:
+    """Return a map whose sides have changed places."""
+    return item if isinstance(item, HardMap) else dataclasses.replace(item, write=item.read, read=item.write)
 
 
 def in_order(target: int, source: int) -> torch.Tensor:

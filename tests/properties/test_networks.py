@@ -126,6 +126,33 @@ def _convolution(width: int, groups: int, kernel: int = 1) -> Convolution:
 
 # Counterexamples of earlier days.
 FOUND: dict[str, Network] = {
+    "a unit has two factors of one space": Network(
+        Shape(3, (6, 4), last=False), 8, (Residual((SqueezeExcite(8), ChannelShuffle(4))), Positions())
+    ),
+    "the mean over units of one case": Network(
+        VECTORS, 12, (SplitOff(10, (Linear(12, bias=False),)), HeadView(11, "mean"))
+    ),
+    "a weight maps a tied space to itself": Network(
+        TOKENS, 2, (Activation("relu"), Linear(2, bias=False, spelling="addmm")), vocabulary=5, tied=True
+    ),
+    "a norm's weight lies in two parts": Network(
+        VECTORS,
+        6,
+        (
+            Concatenated((TiedAutoencoder(3),)),
+            LayerScale("add"),
+            LayerScale("mul"),
+            Linear(2, bias=False, spelling="matmul"),
+        ),
+    ),
+    "a norm is read beside zeros": Network(
+        TOKENS, 12, (ZeroPad(0, 3), HeadView(5, "norm"), Linear(4)), vocabulary=5
+    ),
+    "copies are units": Network(
+        Shape(3, (6, 4), last=False),
+        2,
+        (Repeat(), Residual((ZeroPad(2, 2), ChannelShuffle(4), Convolution(4, 1, bias=False)))),
+    ),
     "a tied weight writes what was repeated": Network(
         VECTORS,
         2,

@@ -1,0 +1,129 @@
+"""Balanced weights: of all that compute the same, those of the least sum of squares.
+
+Factors of units, and invertible maps of head dimensions, leave a network as many weights as it likes to
+compute one function with. Two parents are compared after each has gone to the one place that is marked out:
+there, what writes a unit weighs as much as what reads it. Weights of the least norm on an orbit are unique up
+to rotations (Kempf and Ness 1979), which alignment finds.
+
+For an invertible map ``M`` with Gram matrices ``G`` of where it acts and ``H`` of where its inverse does, the
+sum of squares ``tr(M G M') + tr(M'^-1 H M^-1)`` is least for ``M'M = G^-1/2 (G^1/2 H G^1/2)^1/2 G^-1/2``, the
+geometric mean of ``G^-1`` and ``H``; for the factor of a unit, ``s^4 = h / g``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from fxfusion.plan import Plan, Scaling, Space, Symmetry
+from fxfusion.symmetry import act, invertible, place_dimension, scale
+from fxfusion.transport.map import scope_dimensions
+
+State = Mapping[str, torch.Tensor]
+
+SWEEPS = 50
+TOLERANCE = 1e-10  # of the logarithm of a factor, between two sweeps
+LARGEST = 1e8  # condition number of a Gram matrix, and ratio of factors, above which nothing is balanced
+_NEWTON = 30
+
+
+def balanced(plan: Plan, state: State) -> dict[str, torch.Tensor]:
+    """Return the weights of the least sum of squares that compute the same.
+
+    Parameters
+    ----------
+    plan : Plan
+        Its ``scalings`` say what may be scaled, and where.
+    state : mapping of str to torch.Tensor
+        Weights by the names that the graph uses; not written.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        What no factor reaches is the given tensor itself. Units that nothing writes, or nothing reads, and
+        head dimensions without full rank stay as they are.
+    """
+    touched = {name for scaling in plan.scalings for name, _, _ in scaling.exponents}
+    wide = {name: state[name].detach().double() for name in touched}
+    for _ in range(SWEEPS):
+        moved = 0.0
+        for scaling in plan.scalings:
+            space = plan[scaling.space]
+            solve = _turn if space.symmetry is Symmetry.LINEAR else _stretch
+            wide, change = solve(plan, space, scaling, wide)
+            moved = max(moved, change)
+        if moved < TOLERANCE:
+            break
+    return {**state, **{name: tensor.to(state[name].dtype) for name, tensor in wide.items()}}
+
+
+def _stretch(
+    plan: Plan, space: Space, scaling: Scaling, state: State
+) -> tuple[dict[str, torch.Tensor], float]:
+    """Give every unit its best factor; return also by how much logarithms changed."""
+    squares: dict[float, torch.Tensor] = {}
+    for exponent, rows in _rows(plan, space, scaling, state):
+        found = rows.square().sum(-1)
+        squares[exponent] = squares[exponent] + found if exponent in squares else found
+    exponents = torch.tensor(list(squares), dtype=torch.float64)
+    weighed = torch.stack(list(squares.values()), -1)  # [outer..., n, exponents]
+    written = (weighed * (exponents > 0)).sum(-1)
+    read = (weighed * (exponents < 0)).sum(-1)
+    alive = torch.minimum(written, read) * LARGEST > torch.maximum(written, read)
+    logarithm = torch.zeros(weighed.shape[:-1], dtype=torch.float64)
+    for _ in range(_NEWTON):  # convex, and quadratic near its end
+        terms = weighed * torch.exp(2 * exponents * logarithm.unsqueeze(-1))
+        slope, bend = (terms * exponents).sum(-1), 2 * (terms * exponents.square()).sum(-1)
+        step = torch.where(alive, slope / bend, 0.0).clamp(-1.0, 1.0)
+        logarithm = logarithm - step
+        if not step.numel() or float(step.abs().max()) < TOLERANCE:
+            break
+    change = float(logarithm.abs().max()) if logarithm.numel() else 0.0
+    return scale(plan, scaling, logarithm.exp(), state), change
+
+
+def _turn(plan: Plan, space: Space, scaling: Scaling, state: State) -> tuple[dict[str, torch.Tensor], float]:
+    """Give head dimensions their best map."""
+    grams: dict[float, torch.Tensor] = {}
+    for exponent, rows in _rows(plan, space, scaling, state):
+        gram = rows @ rows.mT
+        grams[exponent] = grams[exponent] + gram if exponent in grams else gram
+    itself, inverse = grams[1.0], grams[-1.0]
+    if max(map(_condition, (itself, inverse))) > LARGEST:
+        return dict(state), 0.0
+    root = _power(itself, 0.5)
+    inner = root @ inverse @ root
+    back = _power(itself, -0.5)
+    square = back @ _power((inner + inner.mT) / 2, 0.5) @ back
+    found = _power((square + square.mT) / 2, 0.5)
+    eye = torch.eye(space.size, dtype=torch.float64)
+    change = float((found - eye).abs().max())
+    maps = {space.name: invertible(space, found)}
+    touched = {name for name, _, _ in scaling.exponents}
+    return {**state, **act(plan.only(touched), maps, {name: state[name] for name in touched})}, change
+
+
+def _condition(gram: torch.Tensor) -> float:
+    values = torch.linalg.eigvalsh(gram)
+    least = float(values[..., 0].min())
+    return math.inf if least <= 0 else float((values[..., -1] / values[..., 0]).max())
+
+
+def _power(matrix: torch.Tensor, exponent: float) -> torch.Tensor:
+    """Return a power of symmetric positive matrices."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp_min(0).pow(exponent).unsqueeze(-2)) @ vectors.mT
+
+
+def _rows(plan: Plan, space: Space, scaling: Scaling, state: State) -> Iterator[tuple[float, torch.Tensor]]:
+    """Yield of every place its exponent and the weights of every unit: ``[outer..., n, others]``."""
+    for (name, axis, offset), exponent in scaling.exponents.items():
+        for block in plan.layouts[name].blocks:
+            dimension = place_dimension(block, space.name, axis, offset)
+            if dimension is None:
+                continue
+            leading = [*scope_dimensions(block, dimension, space.scope), dimension]
+            view = block.view(state[name]).movedim(leading, list(range(len(leading))))
+            yield exponent, view.reshape(*view.shape[: len(leading)], -1)
