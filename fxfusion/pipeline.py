@@ -52,6 +52,7 @@ from fxfusion.validation import (
     check_models,
     check_parents,
     check_shares,
+    heads_differ,
     model_name,
     state_dict_of,
 )
@@ -643,7 +644,7 @@ def _paired(
         others = {
             index: prepare(model, args, kwargs)
             for index, model in enumerate(models)
-            if widths_differ([states[target], states[index]])
+            if widths_differ([states[target], states[index]]) or heads_differ(models[target], models[index])
         }
     state = state_of(module)
     batches = None if calibration is None else Batches(state.capture, calibration)

@@ -171,13 +171,28 @@ def _check_structure(reference: Model, model: Model, target: int, index: int, sa
     left_config, right_config = (_configuration(item) for item in (reference, model))
     for key in left_config:
         left_value, right_value = left_config[key], right_config.get(key)
-        if not same and _may_differ(left_value, right_value):
+        if (not same or _counts_heads(key)) and _may_differ(left_value, right_value):
             continue
         if key not in _PROVENANCE and left_value != right_value:
             raise ArchitectureMismatchError(
                 f"{names} are configured differently: {key} is {right_value!r} in one, "
                 f"{left_value!r} in the other"
             )
+
+
+def heads_differ(reference: Model, model: Model) -> bool:
+    """Return whether two models divide weights of equal shapes into other numbers of heads.
+
+    Only their configurations can say so: each then has a graph of its own.
+    """
+    left, right = (
+        _configuration(item) if isinstance(item, torch.nn.Module) else {} for item in (reference, model)
+    )
+    return any(_counts_heads(key) and key in right and left[key] != right[key] for key in left)
+
+
+def _counts_heads(key: str) -> bool:
+    return "head" in key.split("_") or "heads" in key.split("_")
 
 
 def _may_differ(left: object, right: object) -> bool:

@@ -253,6 +253,23 @@ def test_every_way_to_align_takes_unequal_widths(coupling: str, calibrated: bool
     assert "12 to 8" in result.report.notes[0]
 
 
+@pytest.mark.parametrize("name", ["vit", "gpt2, tied", "bert, tied"])
+@pytest.mark.parametrize("heads", [(4, 2), (2, 4)], ids=["into fewer", "into more"])
+def test_equal_weights_in_other_heads(name: str, heads: tuple[int, int]) -> None:
+    """Nothing but the configurations tells the parents apart: weights have equal shapes."""
+    parents = [make(name, (16, count, 24), seed) for seed, count in enumerate(heads)]
+    kwargs = MODELS[name][1]
+    expected = output(parents[1], kwargs)
+    result = fxfusion.fuse(parents, kwargs=kwargs, calibration=[kwargs], weights=[0, 1])
+    assert any(f"{heads[0]} to {heads[1]}" in note for note in result.report.notes), result.report.notes
+    parents[1].load_state_dict(result.state_dict())
+    torch.testing.assert_close(output(parents[1], kwargs), expected, rtol=1e-4, atol=1e-5)
+    fused = fxfusion.fuse(parents, kwargs=kwargs, calibration=[kwargs]).state_dict()
+    parents[1].load_state_dict(fused)
+    assert all(torch.isfinite(tensor).all() for tensor in fused.values())
+    assert not torch.allclose(output(parents[1], kwargs), expected, atol=1e-3)
+
+
 def test_many_parents_of_other_widths_meet_in_the_middle() -> None:
     parents = [make("convolutions", (width, 1, 2 * width), seed) for seed, width in enumerate((8, 12, 8, 16))]
     kwargs = MODELS["convolutions"][1]
