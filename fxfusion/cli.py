@@ -91,6 +91,13 @@ class Repair(enum.StrEnum):
     none = "none"
 
 
+class Group(enum.StrEnum):
+    """What acts on every space."""
+
+    permutation = "permutation"
+    largest = "largest"
+
+
 class Method(enum.StrEnum):
     """Symmetry, repair and refinement by one name."""
 
@@ -129,6 +136,9 @@ RefineOption = Annotated[
 UntieOption = Annotated[
     bool,
     typer.Option("--untie", help="Give tied output embeddings (hf: models) a tensor of their own."),
+]
+GroupOption = Annotated[
+    Group, typer.Option("--symmetry", help="Permutations, or the largest group of every space.")
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Same inputs and seed, same result.")]
 
@@ -181,6 +191,7 @@ def plan(
     model: ModelArgument,
     given: InputOption = None,
     outputs: OutputsOption = None,
+    symmetry: GroupOption = Group.permutation,
     svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Draw the flow graph.")] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the flow graph.")
@@ -199,7 +210,7 @@ def plan(
     with _status(console, "planning"):
         from fxfusion import references
 
-        found = _plan(references.resolve(model, weights=False), given, outputs)
+        found = _plan(references.resolve(model, weights=False), given, outputs, symmetry)
     _print_plan(console, model, found)
     for function, path in wanted.items():
         _draw(function, found, path)
@@ -246,6 +257,7 @@ def certify(
     model: ModelArgument,
     given: InputOption = None,
     outputs: OutputsOption = None,
+    symmetry: GroupOption = Group.permutation,
     seed: SeedOption = 0,
 ) -> None:
     """Check a model's plan: a random element of the inferred group must not change its outputs.
@@ -259,8 +271,8 @@ def certify(
 
         resolved = references.resolve(model)
         example = _example(resolved, given)
-        options = _outputs_option(outputs)
-        result = fxfusion.certify(resolved.model, example.args, example.kwargs, seed=seed, **options)
+        options = {"symmetry": symmetry.value, "seed": seed, **_outputs_option(outputs)}
+        result = fxfusion.certify(resolved.model, example.args, example.kwargs, **options)
     verdict = Text("the function is kept", "green") if result.ok else Text("the function changed", "red")
     console.print(verdict)
     console.print(f"maximum relative error {result.max_relative_error:.2e}", highlight=False)
@@ -481,6 +493,7 @@ def sweep(
     recover: Annotated[
         bool, typer.Option("--recover/--no-recover", help="Plant a symmetric twin and fuse it.")
     ] = True,
+    symmetry: GroupOption = Group.permutation,
     seed: SeedOption = 0,
     page: Annotated[
         Path | None, typer.Option("--page", metavar="FILE", help="Write a Markdown page.")
@@ -516,6 +529,7 @@ def sweep(
                 time_limit=time_limit,
                 memory_limit=memory_limit,
                 recover=recover,
+                symmetry=symmetry.value,
                 seed=seed,
                 progress=report,
             )
@@ -545,11 +559,17 @@ def _calibration(path: Path | None, resolved: ResolvedModel, batch_size: int) ->
     return None if path is None else inputs.load_calibration(path, resolved.model, batch_size)
 
 
-def _plan(resolved: ResolvedModel, given: Sequence[str] | None, outputs: str | None) -> Plan:
+def _plan(
+    resolved: ResolvedModel,
+    given: Sequence[str] | None,
+    outputs: str | None,
+    symmetry: Group = Group.permutation,
+) -> Plan:
     import fxfusion
 
     example = _example(resolved, given)
-    found: Plan = fxfusion.plan(resolved.model, example.args, example.kwargs, **_outputs_option(outputs))
+    options = {"symmetry": symmetry.value, **_outputs_option(outputs)}
+    found: Plan = fxfusion.plan(resolved.model, example.args, example.kwargs, **options)
     return found
 
 

@@ -20,6 +20,8 @@ from fxfusion.certify import Certificate, certify_plan
 from fxfusion.depth import Kept, match_layers, restored, shallow, stacks_of, unequal_stacks
 from fxfusion.errors import CertificationError, InvalidWeightError, OptionError
 from fxfusion.execution import Program
+from fxfusion.folding import can_fold
+from fxfusion.groups import enlarge
 from fxfusion.methods import Method, candidates
 from fxfusion.pairing import widths_differ
 from fxfusion.passes.align import Align
@@ -47,6 +49,7 @@ from fxfusion.transport.options import Flow, Observe
 from fxfusion.transport.template import first_template
 from fxfusion.untying import untied
 from fxfusion.validation import (
+    check_choice,
     check_finite,
     check_function,
     check_models,
@@ -116,6 +119,7 @@ def plan(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     outputs: Sequence[str] | None = None,
+    symmetry: str = "permutation",
 ) -> Plan:
     """Infer the spaces of a model: which units may be permuted without changing its function.
 
@@ -127,6 +131,8 @@ def plan(
         Example inputs.
     outputs : sequence of str, optional
         Names of the outputs that must be kept; by default all but hidden states, attentions and caches.
+    symmetry : {"permutation", "largest"}
+        What is said to act on every space: permutations, or the largest group that is known.
 
     Returns
     -------
@@ -138,6 +144,8 @@ def plan(
         If ``torch.export`` refuses the model.
     OutputSelectionError
         If an output does not exist.
+    OptionError
+        If the symmetry is none of the two.
 
     Examples
     --------
@@ -145,10 +153,13 @@ def plan(
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
     >>> [(space.name, space.size) for space in plan(model, (torch.randn(2, 4),)).spaces]
     [('0.weight[0]', 8)]
+    >>> [space.symmetry.value for space in plan(model, (torch.randn(2, 4),), symmetry="largest").spaces]
+    ['permutation, positive scale']
     """
-    found = _planned(model, args, kwargs, outputs).plan
-    assert found is not None
-    return found
+    check_choice("symmetry", symmetry, ("permutation", "largest"))
+    state = _planned(model, args, kwargs, outputs)
+    assert state.plan is not None
+    return state.plan if symmetry == "permutation" else enlarge(state.capture, state.plan)
 
 
 def certify(
@@ -157,6 +168,7 @@ def certify(
     kwargs: Mapping[str, Any] | None = None,
     seed: int = 0,
     outputs: Sequence[str] | None = None,
+    symmetry: str = "permutation",
 ) -> Certificate:
     """Check that a random element of the inferred symmetry group leaves the function unchanged.
 
@@ -164,7 +176,7 @@ def certify(
 
     Parameters
     ----------
-    model, args, kwargs, outputs
+    model, args, kwargs, outputs, symmetry
         As for :func:`plan`; the model must have weights.
     seed : int
         Draws the group element and the second input.
@@ -181,10 +193,13 @@ def certify(
     >>> certify(model, (torch.randn(2, 4),)).ok
     True
     """
+    check_choice("symmetry", symmetry, ("permutation", "largest"))
     state = _planned(model, args, kwargs, outputs)
     assert state.plan is not None
-    weights = state.capture.canonical(_real_state(model))
-    return certify_plan(state.capture, state.plan, weights, state.outputs, seed)
+    found, weights = state.plan, state.capture.canonical(_real_state(model))
+    if symmetry == "largest":
+        found = enlarge(state.capture, found, lambda fold: can_fold(fold, weights))
+    return certify_plan(state.capture, found, weights, state.outputs, seed)
 
 
 def scramble(

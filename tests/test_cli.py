@@ -205,16 +205,16 @@ class TestCertify:
     def test_exit_code(self, monkeypatch: pytest.MonkeyPatch, kept: bool, code: int) -> None:
         seeds = []
 
-        def certify(model: Any, args: Any, kwargs: Any, seed: int) -> Any:
-            seeds.append(seed)
+        def certify(model: Any, args: Any, kwargs: Any, seed: int, symmetry: str) -> Any:
+            seeds.append((seed, symmetry))
             return SimpleNamespace(ok=kept, max_relative_error=3e-14, moved=0.99)
 
         monkeypatch.setattr(fxfusion, "certify", certify, raising=False)
-        result = run("certify", MODEL, "--seed", 5)
+        result = run("certify", MODEL, "--seed", 5, "--symmetry", "largest")
         assert result.exit_code == code
         assert "3.00e-14" in result.output
         assert "99.00 %" in result.output
-        assert seeds == [5]
+        assert seeds == [(5, "largest")]
 
 
 class TestFuse:

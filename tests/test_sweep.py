@@ -44,6 +44,12 @@ def test_a_certified_model_and_its_twin() -> None:
     assert set(record.seconds) == set(stages) - {""}
 
 
+def test_the_largest_groups_are_certified() -> None:
+    record = examine(entry(), recover=False, symmetry="largest")
+    assert record.status == "certified"
+    assert record.groups == {"permutation, positive scale": 1}
+
+
 def test_a_wrong_rule_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     class Ordered(nn.Module):
         def __init__(self) -> None:

@@ -17,6 +17,7 @@ import re
 import resource
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,8 @@ class Record:
         Largest relative change of an output under a random group element, in float64.
     control : float or None
         The same when a random half of the parameters is left as it was: must not be small.
+    groups : dict of str to int
+        How many spaces have which group, where the largest ones were certified.
     recovered : float or None
         Largest difference between a model and its planted twin after ``fuse`` has aligned and averaged
         them; 0 is exact.
@@ -95,6 +98,7 @@ class Record:
     moved: float = 0.0
     error: float | None = None
     control: float | None = None
+    groups: dict[str, int] = dataclasses.field(default_factory=dict)
     recovered: float | None = None
     limits: list[str] = dataclasses.field(default_factory=list)
     frozen: list[str] = dataclasses.field(default_factory=list)
@@ -117,6 +121,7 @@ def examine(
     seed: int = 0,
     recover: bool = True,
     report: Callable[[Record], None] = lambda record: None,
+    symmetry: str = "permutation",
 ) -> Record:
     """Build one model, capture, plan and certify it, then recover its planted twin.
 
@@ -129,6 +134,8 @@ def examine(
         Plant a random symmetric twin, fuse it with the model by weights, and compare.
     report : callable
         Gets the record at every stage.
+    symmetry : {"permutation", "largest"}
+        What is certified.
 
     Returns
     -------
@@ -142,7 +149,7 @@ def examine(
     """
     record = Record(entry.source, entry.family, entry.name)
     try:
-        _examine(entry, seed, recover, record, report)
+        _examine(entry, seed, recover, record, report, symmetry)
     except CaptureError as error:
         record.status, record.message = "refused", str(error)
     except CertificationError as error:
@@ -171,7 +178,12 @@ def without_folders(text: str) -> str:
 
 
 def _examine(
-    entry: Entry, seed: int, recover: bool, record: Record, report: Callable[[Record], None]
+    entry: Entry,
+    seed: int,
+    recover: bool,
+    record: Record,
+    report: Callable[[Record], None],
+    symmetry: str,
 ) -> None:
     @contextlib.contextmanager
     def stage(name: str) -> Iterator[None]:
@@ -196,8 +208,11 @@ def _examine(
     with stage("propagate"):
         plan = fxfusion.plan(prepared)
     _describe(record, plan)
+    if symmetry != "permutation":
+        larger = fxfusion.plan(prepared, symmetry=symmetry)
+        record.groups = dict(Counter(space.symmetry.value for space in larger))
     with stage("certify"):
-        certificate = fxfusion.certify(prepared, seed=seed)
+        certificate = fxfusion.certify(prepared, seed=seed, symmetry=symmetry)
     record.error, record.moved = certificate.max_relative_error, certificate.moved
     if not certificate.ok:
         record.message = f"the function changed by {record.error:.1e}"
@@ -282,6 +297,7 @@ def sweep(
     time_limit: float = TIME_LIMIT,
     memory_limit: float = MEMORY_LIMIT,
     recover: bool = True,
+    symmetry: str = "permutation",
     seed: int = 0,
     progress: Progress = silent,
 ) -> list[Record]:
@@ -300,7 +316,7 @@ def sweep(
         Seconds per model.
     memory_limit : float
         GiB per model, where the system can limit it.
-    recover, seed
+    recover, symmetry, seed
         As for :func:`examine`.
     progress : callable ``(name, done, total)``, optional
 
@@ -310,13 +326,15 @@ def sweep(
         In the catalogue's order.
     """
     chosen = entries(source, patterns)
-    path = Path(directory) / f"{source}.jsonl"
+    path = Path(directory) / (
+        f"{source}.jsonl" if symmetry == "permutation" else f"{source}-{symmetry}.jsonl"
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     known = {record.name: record for record in read_records(path)}
     pending = [entry for entry in chosen if entry.name not in known]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
-    options = (seed, recover, memory_limit, jobs)
+    options = (seed, recover, symmetry, memory_limit, jobs)
     running: list[_Run] = []
     while pending or running:
         while pending and len(running) < jobs:
@@ -381,11 +399,11 @@ class _Run:
 
 
 def _child(source: str, name: str, options: tuple[Any, ...], reports: Any) -> None:
-    seed, recover, memory_limit, jobs = options
+    seed, recover, symmetry, memory_limit, jobs = options
     if memory_limit:
         size = int(memory_limit * 1024**3)
         resource.setrlimit(resource.RLIMIT_DATA, (size, size))
     torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
     entry = next(entry for entry in entries(source, [name]) if entry.name == name)
-    examine(entry, seed, recover, lambda record: reports.send(record))
+    examine(entry, seed, recover, lambda record: reports.send(record), symmetry)
     reports.close()
