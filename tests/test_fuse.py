@@ -510,9 +510,19 @@ def test_identical_parents_keep_their_statistics_exactly() -> None:
     torch.manual_seed(0)
     batches = list(torch.randn(40, 3, 10, 10).split(16))
     model = _trained(0, batches)
-    result = fxfusion.fuse([model, copy.deepcopy(model)], (batches[0],), calibration=batches, coupling="hard")
+    parents = [model, copy.deepcopy(model)]
+    result = fxfusion.fuse(parents, (batches[0],), calibration=batches, method="permutation")
     for key, tensor in result.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[key]), key
+    balanced = fxfusion.fuse(
+        parents, (batches[0],), calibration=batches
+    )  # other weights, the same statistics
+    for key, tensor in balanced.state_dict().items():
+        if "running" in key:
+            assert torch.equal(tensor, model.state_dict()[key]), key
+    fused = Normalised()
+    fused.load_state_dict(balanced.state_dict())
+    torch.testing.assert_close(fused.eval()(batches[0]), model(batches[0]), rtol=1e-4, atol=1e-5)
 
 
 class Clipped(nn.Module):

@@ -92,6 +92,11 @@ class Study:
                     return
                 yield self.parent(left, size), self.parent(right)
 
+    @property
+    def learning(self) -> dict[str, Any]:
+        """Options of a fusion whose transports are learned."""
+        return {"method": "learned", "refine": self.refinement, "samples": self.refined_on}
+
     def add(self, scores: Scores, name: str, *models: nn.Module) -> None:
         """Enter a network, or an ensemble."""
         scores.setdefault(name, []).append(self.task.score(*models))
@@ -147,7 +152,7 @@ def stages(study: Study) -> Scores:
             ("rotations", {"method": "orthogonal"}),
             ("rotations, units repaired", {"method": "orthogonal", "repair": "units"}),
             ("auto", {"method": "auto"}),
-            ("learned", {"method": "learned", "refine": study.refinement, "samples": study.refined_on}),
+            ("learned", study.learning),
         )
         for name, options in settings:
             with Measured() as cost:
@@ -307,6 +312,7 @@ def many(study: Study) -> Scores:
             for name, options in (
                 ("anchor", {}),
                 ("barycenter", {"rounds": 3}),
+                ("learned", study.learning),
             ):
                 fused = fuse(study.task, chosen, like, target=target, **options)
                 study.add(scores, f"{count}: {name}", fused)
@@ -328,6 +334,7 @@ def tuning(study: Study, teach: bool = False) -> Scores:
             "vanilla average": average([left, right]),
             "fused, hard": fuse(study.task, [left, right], right),
             "fused, soft": fuse(study.task, [left, right], right, coupling="soft"),
+            "fused, learned": fuse(study.task, [left, right], right, **study.learning),
         }
         for name, start in starts.items():
             study.add(scores, f"{name}, step 0", start)
