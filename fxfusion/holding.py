@@ -33,6 +33,7 @@ class Held:
         self.parameters: dict[fx.Node, str] = {}
         self.axes: dict[fx.Node, list[list[AxisBlock]]] = {}
         self.nodes: dict[str, list[fx.Node]] = {}  # that hold a space or read a node that does
+        self.holders: dict[str, list[fx.Node]] = {}  # that hold a space, parameters among them
         for node in capture.module.graph.nodes:
             name = capture.aliases.get(str(node.target), str(node.target))
             if node.op == "get_attr" and name in plan.layouts:
@@ -44,6 +45,8 @@ class Held:
                 self.axes[node] = [
                     [part for part in axis if part is not None] for axis in zip(*found, strict=True)
                 ]
+            for space in self.spaces(node):
+                self.holders.setdefault(space, []).append(node)
             if node.op == "call_function":
                 met = {space for item in (node, *node.all_input_nodes) for space in self.spaces(item)}
                 for space in met:

@@ -110,7 +110,9 @@ class _Search:
         self.named: dict[int, _Key] = {}
 
     def solve(self) -> tuple[Scaling, ...]:
-        if any(self._repeats(part) for axes in self.held.axes.values() for parts in axes for part in parts):
+        holders = self.held.holders.get(self.space, ())
+        parts = (part for node in holders for parts in self.held.axes[node] for part in parts)
+        if any(map(self._repeats, parts)):
             return ()  # a unit has several factors of one space, and so no factor of its own
         pending = list(self.held.nodes.get(self.space, ()))
         seen = set(pending)
@@ -120,7 +122,6 @@ class _Search:
                 later = [user for user in node.users if user not in seen and user.op == "call_function"]
                 pending += later
                 seen.update(later)
-        holders = [node for node in self.held.axes if self._keys(node)]
         self._hold(node for node in holders if any(user.op == "output" for user in node.users))
         first: dict[str, fx.Node] = {}
         for node in holders:
