@@ -171,8 +171,8 @@ PARENTS: dict[str, Case] = {
     ),
     "another configuration": Case(
         ArchitectureMismatchError,
-        ("model 0 (BertForMaskedLM)", "num_attention_heads", "2", "4"),
-        lambda: [_bert(num_attention_heads=2), _bert()],
+        ("model 0 (BertForMaskedLM)", "layer_norm_eps", "1e-05", "1e-12"),
+        lambda: [_bert(layer_norm_eps=1e-5), _bert()],
         (torch.zeros(2, 5, dtype=torch.long),),
     ),
     "other heads without a configuration": Case(
