@@ -617,6 +617,7 @@ class _Job:
     settings: Settings
     clock: _Clock
     paired: FusionState
+    even: bool  # whether the parents have as many layers as they came with
 
     @property
     def equal(self) -> bool:
@@ -673,7 +674,7 @@ def _paired(
         for captured in (module, *others.values()):
             _run([Normalize(), Propagate(settings.outputs)], captured)
         module = _run([Pair(states, target, others)], module)
-    return _Job(module, models, states, shares, target, batches, settings, clock, state)
+    return _Job(module, models, states, shares, target, batches, settings, clock, state, equal)
 
 
 def _aligned(job: _Job, settings: Settings) -> FusionState:
@@ -704,7 +705,8 @@ def _based(job: _Job, settings: Settings) -> FusionState:
         _hold(state)
     if settings.symmetry == "largest":
         job.run(FoldNorms())
-        job.run(Balance())
+        if job.even:  # layers that are kept beside the fused ones have the factors of the target
+            job.run(Balance())
     with job.clock.measure("certify"):
         state.certificates = _certify_all(state, job.models, settings.seed, settings.progress)
     seen = job.batches if settings.features == "activations" else None
