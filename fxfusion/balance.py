@@ -13,13 +13,12 @@ geometric mean of ``G^-1`` and ``H``; for the factor of a unit, ``s^4 = h / g``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
-from fxfusion.plan import Plan, Scaling, Space, Symmetry
-from fxfusion.symmetry import act, invertible, place_dimension, scale
-from fxfusion.transport.map import scope_dimensions
+from fxfusion.plan import Plan, Scaling, Symmetry
+from fxfusion.symmetry import act, invertible, scale, scaled_rows
 
 State = Mapping[str, torch.Tensor]
 
@@ -50,23 +49,17 @@ def balanced(plan: Plan, state: State) -> dict[str, torch.Tensor]:
     for _ in range(SWEEPS):
         moved = 0.0
         for scaling in plan.scalings:
-            space = plan[scaling.space]
-            solve = _turn if space.symmetry is Symmetry.LINEAR else _stretch
-            wide, change = solve(plan, space, scaling, wide)
+            solve = _turn if plan[scaling.space].symmetry is Symmetry.LINEAR else _stretch
+            wide, change = solve(plan, scaling, wide)
             moved = max(moved, change)
         if moved < TOLERANCE:
             break
     return {**state, **{name: tensor.to(state[name].dtype) for name, tensor in wide.items()}}
 
 
-def _stretch(
-    plan: Plan, space: Space, scaling: Scaling, state: State
-) -> tuple[dict[str, torch.Tensor], float]:
+def _stretch(plan: Plan, scaling: Scaling, state: State) -> tuple[dict[str, torch.Tensor], float]:
     """Give every unit its best factor; return also by how much logarithms changed."""
-    squares: dict[float, torch.Tensor] = {}
-    for exponent, rows in _rows(plan, space, scaling, state):
-        found = rows.square().sum(-1)
-        squares[exponent] = squares[exponent] + found if exponent in squares else found
+    squares = _summed(plan, scaling, state, lambda rows: rows.square().sum(-1))
     exponents = torch.tensor(list(squares), dtype=torch.float64)
     weighed = torch.stack(list(squares.values()), -1)  # [outer..., n, exponents]
     written = (weighed * (exponents > 0)).sum(-1)
@@ -84,12 +77,10 @@ def _stretch(
     return scale(plan, scaling, logarithm.exp(), state), change
 
 
-def _turn(plan: Plan, space: Space, scaling: Scaling, state: State) -> tuple[dict[str, torch.Tensor], float]:
+def _turn(plan: Plan, scaling: Scaling, state: State) -> tuple[dict[str, torch.Tensor], float]:
     """Give head dimensions their best map."""
-    grams: dict[float, torch.Tensor] = {}
-    for exponent, rows in _rows(plan, space, scaling, state):
-        gram = rows @ rows.mT
-        grams[exponent] = grams[exponent] + gram if exponent in grams else gram
+    space = plan[scaling.space]
+    grams = _summed(plan, scaling, state, lambda rows: rows @ rows.mT)
     itself, inverse = grams[1.0], grams[-1.0]
     if max(map(_condition, (itself, inverse))) > LARGEST:
         return dict(state), 0.0
@@ -117,13 +108,13 @@ def _power(matrix: torch.Tensor, exponent: float) -> torch.Tensor:
     return (vectors * values.clamp_min(0).pow(exponent).unsqueeze(-2)) @ vectors.mT
 
 
-def _rows(plan: Plan, space: Space, scaling: Scaling, state: State) -> Iterator[tuple[float, torch.Tensor]]:
-    """Yield of every place its exponent and the weights of every unit: ``[outer..., n, others]``."""
-    for (name, axis, offset), exponent in scaling.exponents.items():
-        for block in plan.layouts[name].blocks:
-            dimension = place_dimension(block, space.name, axis, offset)
-            if dimension is None:
-                continue
-            leading = [*scope_dimensions(block, dimension, space.scope), dimension]
-            view = block.view(state[name]).movedim(leading, list(range(len(leading))))
-            yield exponent, view.reshape(*view.shape[: len(leading)], -1)
+def _summed(
+    plan: Plan, scaling: Scaling, state: State, measure: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[float, torch.Tensor]:
+    """Return by exponent the sum of what is measured of the units' weights ``[outer..., n, others]``."""
+    lead = len(plan[scaling.space].scope) + 1
+    found: dict[float, torch.Tensor] = {}
+    for exponent, rows in scaled_rows(plan, scaling, state):
+        part = measure(rows.reshape(*rows.shape[:lead], -1))
+        found[exponent] = found[exponent] + part if exponent in found else part
+    return found

@@ -17,7 +17,7 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from fxfusion.capture import Capture
-from fxfusion.holding import KEEPING, METADATA, Held
+from fxfusion.holding import KEEPING, METADATA, Held, operands_of
 from fxfusion.layout import AxisBlock, Block, Factor, ParameterLayout
 from fxfusion.plan import Fold, Plan, Role, Scaling, Space, Symmetry
 from fxfusion.rules.registry import operator_name
@@ -165,9 +165,7 @@ class _SpaceGroup:
 
     def _judge(self, node: fx.Node) -> None:
         operator = operator_name(node.target)
-        operands = [
-            item for item in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(item, fx.Node)
-        ]
+        operands = operands_of(node)
         if operator in METADATA:
             return
         if self._holds(node) and not any(self._holds(item) or item in self.followed for item in operands):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.utils._pytree as pytree
 from torch import fx
 
 from fxfusion.capture import Capture
@@ -23,6 +24,11 @@ KEEPING = frozenset(_MOVING.split())
 """They keep every unit's values, or combine units with the same numbers wherever they lie."""
 METADATA = frozenset(_UNREAD.split())
 """They read no values."""
+
+
+def operands_of(node: fx.Node) -> list[fx.Node]:
+    """Return the tensors that an operator is given, each as often as it is."""
+    return [item for item in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(item, fx.Node)]
 
 
 class Held:

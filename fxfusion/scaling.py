@@ -22,7 +22,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
-from fxfusion.holding import KEEPING, METADATA, Held
+from fxfusion.holding import KEEPING, METADATA, Held, operands_of
 from fxfusion.layout import AxisBlock
 from fxfusion.plan import Place, Scaling
 from fxfusion.rules.registry import operator_name
@@ -186,9 +186,7 @@ class _Search:
 
     def _judge(self, node: fx.Node) -> None:
         operator = operator_name(node.target)
-        operands = [
-            item for item in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(item, fx.Node)
-        ]
+        operands = operands_of(node)
         if operator in METADATA:
             return
         result = self._result(node)

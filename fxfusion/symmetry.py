@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -121,7 +121,8 @@ def act(plan: Plan, maps: Maps, state: Mapping[str, torch.Tensor]) -> dict[str, 
     dict of str to torch.Tensor
         The transported weights. What no map touches is the given tensor itself.
     """
-    reading, contrary = reading_axes(plan), _contrary_blocks(plan)
+    reading = reading_axes(plan)
+    contrary = _contrary_blocks(plan, reading)
     moved = dict(state)
     for name, layout in plan.layouts.items():
         moved[name] = transport_tensor(
@@ -136,7 +137,7 @@ def act(plan: Plan, maps: Maps, state: Mapping[str, torch.Tensor]) -> dict[str, 
     return moved
 
 
-def place_dimension(block: Block, space: str, axis: int, offset: int) -> int | None:
+def _place_dimension(block: Block, space: str, axis: int, offset: int) -> int | None:
     """Return which dimension of a block's view enumerates a space at a place; None if it lies elsewhere."""
     if block.axes[axis].offset != offset:
         return None
@@ -145,13 +146,14 @@ def place_dimension(block: Block, space: str, axis: int, offset: int) -> int | N
     return first + names.index(space) if space in names else None
 
 
-def _contrary_blocks(plan: Plan) -> dict[str, tuple[frozenset[str], ...]]:
+def _contrary_blocks(
+    plan: Plan, reading: Mapping[str, frozenset[int]]
+) -> dict[str, tuple[frozenset[str], ...]]:
     """Return of every block of a parameter the spaces of which it takes the other side.
 
     What writes a space takes a map, what reads it the inverse; but of queries and keys, which both write,
     one takes the inverse.
     """
-    reading = reading_axes(plan)
     found: dict[str, list[set[str]]] = {}
     for scaling in plan.scalings:
         if plan[scaling.space].symmetry is not Symmetry.LINEAR:
@@ -162,7 +164,7 @@ def _contrary_blocks(plan: Plan) -> dict[str, tuple[frozenset[str], ...]]:
             blocks = plan.layouts[name].blocks
             sets = found.setdefault(name, [set() for _ in blocks])
             for block, spaces in zip(blocks, sets, strict=True):
-                if place_dimension(block, scaling.space, axis, offset) is not None:
+                if _place_dimension(block, scaling.space, axis, offset) is not None:
                     spaces.add(scaling.space)
     return {name: tuple(map(frozenset, sets)) for name, sets in found.items()}
 
@@ -186,20 +188,26 @@ def scale(
     dict of str to torch.Tensor
         What no factor reaches is the given tensor itself.
     """
-    space, moved = plan[scaling.space], dict(state)
+    moved = dict(state)
     for name in dict.fromkeys(name for name, _, _ in scaling.exponents):
         moved[name] = state[name].detach().clone()
+    for exponent, rows in scaled_rows(plan, scaling, moved):
+        power = factors.pow(exponent).to(rows)
+        rows.mul_(power.reshape(*power.shape, *[1] * (rows.ndim - power.ndim)))
+    return moved
+
+
+def scaled_rows(
+    plan: Plan, scaling: Scaling, state: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[float, torch.Tensor]]:
+    """Yield of every place its exponent, and its weights as a view ``[outer units..., n, others...]``."""
+    space = plan[scaling.space]
     for (name, axis, offset), exponent in scaling.exponents.items():
         for block in plan.layouts[name].blocks:
-            dimension = place_dimension(block, space.name, axis, offset)
-            if dimension is None:
-                continue
-            view = block.view(moved[name])
-            leading = [*scope_dimensions(block, dimension, space.scope), dimension]
-            rows = view.movedim(leading, list(range(len(leading))))
-            power = factors.pow(exponent).to(rows)
-            rows.mul_(power.reshape(*power.shape, *[1] * (rows.ndim - power.ndim)))
-    return moved
+            dimension = _place_dimension(block, space.name, axis, offset)
+            if dimension is not None:
+                leading = [*scope_dimensions(block, dimension, space.scope), dimension]
+                yield exponent, block.view(state[name]).movedim(leading, list(range(len(leading))))
 
 
 def fill(
