@@ -96,11 +96,6 @@ def moved(origin: nn.Module, others: Sequence[nn.Module], shares: Sequence[float
     )
 
 
-def tuned(task: Task, model: nn.Module, steps: int, seed: int, **options: Any) -> nn.Module:
-    """Return a network after further training at a third of the rate; the network itself stays."""
-    return task.fit(copy.deepcopy(model), steps, seed, rate=options.pop("rate", task.rate / 3), **options)
-
-
 def halved(size: Size) -> Size:
     """Return a size of half the width, heads and hidden units."""
     return Size(size.width // 2, size.heads // 2, size.hidden // 2, size.depth)

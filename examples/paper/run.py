@@ -37,7 +37,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from measure import Measured
-from methods import average, first_layers, fuse, halved, loaded, mixed, moved, padded, truncated, tuned
+from methods import average, first_layers, fuse, halved, loaded, mixed, moved, padded, truncated
 from rich.console import Console
 from rich.table import Table
 from tasks import TASKS, Size, Task, load
@@ -64,6 +64,8 @@ class Study:
     checkpoints : Path or None
     tuning : int
         Steps of further training.
+    rate : float
+        Its largest learning rate.
     refinement : fxfusion.Refinement
         How transports are learned.
     refined_on : int
@@ -76,6 +78,7 @@ class Study:
     pairs: int
     checkpoints: Path | None
     tuning: int
+    rate: float
     picture: Path
     refinement: fxfusion.Refinement = dataclasses.field(default_factory=fxfusion.Refinement)
     refined_on: int = 2000
@@ -96,6 +99,10 @@ class Study:
     def learning(self) -> dict[str, Any]:
         """Options of a fusion whose transports are learned."""
         return {"method": "learned", "refine": self.refinement, "samples": self.refined_on}
+
+    def tuned(self, model: nn.Module) -> nn.Module:
+        """Return a network after further training; the network itself stays."""
+        return self.task.fit(copy.deepcopy(model), self.tuning, 7, self.rate)
 
     def add(self, scores: Scores, name: str, *models: nn.Module) -> None:
         """Enter a network, or an ensemble."""
@@ -291,11 +298,7 @@ def _unequal(
             study.add(scores, f"{name}: other parent", parent)
             for label, start in starts.items():
                 study.add(scores, f"{name}: {label}", start)
-                study.add(
-                    scores,
-                    f"{name}: {label}, {study.tuning} steps",
-                    tuned(study.task, start, study.tuning, 7),
-                )
+                study.add(scores, f"{name}: {label}, {study.tuning} steps", study.tuned(start))
     return scores
 
 
@@ -316,11 +319,7 @@ def many(study: Study) -> Scores:
             ):
                 fused = fuse(study.task, chosen, like, target=target, **options)
                 study.add(scores, f"{count}: {name}", fused)
-                study.add(
-                    scores,
-                    f"{count}: {name}, {study.tuning} steps",
-                    tuned(study.task, fused, study.tuning, 7),
-                )
+                study.add(scores, f"{count}: {name}, {study.tuning} steps", study.tuned(fused))
     return scores
 
 
@@ -344,7 +343,7 @@ def tuning(study: Study, teach: bool = False) -> Scores:
             def watch(step: int, name: str = name, learner: nn.Module = learner) -> None:
                 study.add(scores, f"{name}, step {step}", learner)
 
-            study.task.fit(learner, study.tuning, 7, study.task.rate / 3, teachers, watch)
+            study.task.fit(learner, study.tuning, 7, study.rate, teachers, watch)
     return scores
 
 
@@ -460,6 +459,10 @@ def main(
     size: Annotated[str | None, typer.Option(help="WIDTH,HEADS,HIDDEN,DEPTH of the networks.")] = None,
     tested: Annotated[int | None, typer.Option(help="Score every n-th test sample.")] = None,
     tuning_steps: Annotated[int, typer.Option(help="Steps of further training.")] = 200,
+    tuning_rate: Annotated[
+        float | None, typer.Option(help="Its largest learning rate; a third of the parents' by default.")
+    ] = None,
+    untie: Annotated[bool, typer.Option(help="Untie the output embeddings of trained parents.")] = False,
     refine: Annotated[int, typer.Option(help="Steps in which transports are learned.")] = 400,
     samples: Annotated[int, typer.Option(help="Unlabelled samples that they are learned on.")] = 2000,
     checkpoints: Annotated[Path | None, typer.Option(help="Where parents are kept.")] = None,
@@ -476,10 +479,13 @@ def main(
         found = dataclasses.replace(found, size=Size(*map(int, size.split(","))))
     if tested is not None:
         found = dataclasses.replace(found, test=(found.test[0][::tested], found.test[1][::tested]))
+    found = dataclasses.replace(found, untie=untie)
     place = output.parent if output is not None else Path()
     picture = place / f"landscape-{task}.png"
     learning = fxfusion.Refinement(steps=refine)
-    study = Study(found, pairs, checkpoints, tuning_steps, picture, learning, samples)
+    study = Study(
+        found, pairs, checkpoints, tuning_steps, tuning_rate or found.rate / 3, picture, learning, samples
+    )
     scores = TABLES[table](study)
     shown = Table("network", *_columns(scores), title=f"{table}, {task}")
     for row in _cells(scores):

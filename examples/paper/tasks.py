@@ -30,6 +30,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
+import fxfusion
+
 TASKS = ("digits", "digits-resnet", "mnist", "cifar10", "cifar10-resnet", "gpt2", "bert")
 IGNORED = -100  # label of a position that is not predicted
 MASKED_SHARE = 0.15
@@ -77,6 +79,8 @@ class Task:
         Largest learning rate.
     augment : callable
         Applied to training batches.
+    untie : bool
+        After a parent's training, give its output embedding a tensor of its own.
     """
 
     name: str
@@ -88,12 +92,19 @@ class Task:
     steps: int
     rate: float = 1e-3
     augment: Callable[[torch.Tensor], torch.Tensor] = lambda batch: batch
+    untie: bool = False
 
     def build(self, size: Size, seed: int) -> nn.Module:
         """Return an untrained network."""
+        return self._finished(self._drawn(size, seed))
+
+    def _drawn(self, size: Size, seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self.make(size).eval()
+
+    def _finished(self, model: nn.Module) -> nn.Module:
+        return fxfusion.untied(model) if self.untie else model
 
     def example(self) -> dict[str, torch.Tensor]:
         """Return inputs to capture a network with."""
@@ -190,19 +201,19 @@ class Task:
 
     def parent(self, size: Size, seed: int, checkpoints: Path | None = None) -> nn.Module:
         """Return a trained network, read from ``checkpoints`` if it is there, else trained and saved."""
-        model = self.build(size, seed)
+        model = self._drawn(size, seed)
         place = None if checkpoints is None else checkpoints / f"{self.name}-{size}-{seed}.safetensors"
         if place is not None and place.exists():
             model.load_state_dict(load_file(place), strict=False)
-            return model
+            return self._finished(model)
         self.fit(model, self.steps, seed)
         if place is not None:
             place.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: tensor.contiguous() for name, tensor in _untied(model).items()}, place)
-        return model
+            save_file({name: tensor.contiguous() for name, tensor in _named_once(model).items()}, place)
+        return self._finished(model)
 
 
-def _untied(model: nn.Module) -> dict[str, torch.Tensor]:
+def _named_once(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return a state dict that names every tensor once."""
     seen: dict[int, str] = {}
     for name, tensor in model.state_dict().items():
