@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ import torch.utils._pytree as pytree
 
 from fxfusion.calibration import Batches, Inputs
 from fxfusion.capture import Capture
-from fxfusion.execution import Program
+from fxfusion.execution import Program, flat_outputs
 from fxfusion.pairing import Parent
 
 MEMORY = 256 * 2**20  # bytes of inputs and outputs that are kept rather than computed anew
@@ -102,6 +102,32 @@ class Distance:
             spread = (expected - expected.mean()).square().mean().clamp_min(1e-12)
             total = total + (outputs[index].float() - expected).square().mean() / spread
         return total
+
+
+def difference(
+    capture: Capture, model: torch.nn.Module, batches: Iterable[Inputs], outputs: frozenset[int]
+) -> Callable[[torch.nn.Module], float]:
+    """Return how to measure the mean distance of another network's outputs from a network's own.
+
+    Parameters
+    ----------
+    capture : Capture
+        Of a network that takes the same inputs and gives the same outputs.
+    model : torch.nn.Module
+    batches : iterable of tuple
+        Args and kwargs; kept, with the network's outputs.
+    outputs : frozenset of int
+        Flat positions of the outputs that count.
+    """
+    seen = [(inputs, flat_outputs(model, *inputs)) for inputs in batches]
+    distance = Distance.of(capture, outputs, seen[0][1])
+    expected = [(inputs, distance.average([found], [1.0])) for inputs, found in seen]
+
+    def measure(other: torch.nn.Module) -> float:
+        found = [float(distance(flat_outputs(other, *inputs), average)) for inputs, average in expected]
+        return sum(found) / len(found)
+
+    return measure
 
 
 class Lessons:

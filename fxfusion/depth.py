@@ -1,11 +1,14 @@
 """Parents of other depths: which layer of the deeper one does what a layer of the shallower one does.
 
-Layers of a repeated block are paired in order, so that the similarity of what they compute is largest: linear
-centred kernel alignment, from Gram matrices over samples, batch by batch. The deeper parent then takes part
-with its paired layers alone.
+The deeper parent takes part with as many layers as the shallower one has, paired in order. Either those that
+its outputs need most: one after the other, the layer is left out without which the network says most nearly
+what it said. Or those that compute most nearly what the shallower one's layers do: linear centred kernel
+alignment, from Gram matrices over samples, batch by batch.
 
 References
 ----------
+Kim et al., Shortened LLaMA: Depth Pruning for Large Language Models, 2024, arXiv 2402.02834 (layers ranked by
+what leaving one out does to the outputs; here anew after each).
 Kornblith, Norouzi, Lee and Hinton, Similarity of Neural Network Representations Revisited, ICML 2019.
 Nguyen, Raghu and Kornblith, Do Wide and Deep Networks Learn the Same Things?, ICLR 2021, arXiv 2010.15327,
 equations 2 and 3 (the estimate over batches).
@@ -15,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -196,6 +199,66 @@ def match_in_order(similarity: torch.Tensor) -> list[int]:
     return found[::-1]
 
 
+def needed_layers(
+    shallower: nn.Module,
+    deeper: nn.Module,
+    paths: Sequence[str],
+    missed: Callable[[nn.Module], float],
+    names: tuple[str, str],
+) -> Kept:
+    """Choose the layers of a network that its outputs need most, as many as a shallower one has.
+
+    Parameters
+    ----------
+    shallower, deeper : torch.nn.Module
+    paths : sequence of str
+        Containers in which the deeper one may hold more layers.
+    missed : callable of torch.nn.Module
+        How far the outputs of a copy without some layers are from the deeper network's own.
+    names : tuple of str
+        Of both, for messages.
+
+    Returns
+    -------
+    dict of str to tuple of int
+        By path, one layer of the deeper for every layer of the shallower.
+
+    Raises
+    ------
+    ArchitectureMismatchError
+        As :func:`match_layers`.
+    """
+    stacks = [
+        {path: [_names(layer) for layer in found] for path, found in stacks_of(model).items()}
+        for model in (shallower, deeper)
+    ]
+    kept: Kept = {path: tuple(range(len(stacks[1][path]))) for path in paths}
+
+    def fits(path: str, positions: Sequence[int]) -> bool:
+        return _contains([stacks[1][path][position] for position in positions], stacks[0][path])
+
+    for path in paths:
+        if not fits(path, kept[path]):
+            raise _unpaired(path, names, len(stacks[0][path]), len(kept[path]))
+    while True:
+        fewer = [
+            {**kept, path: tuple(position for position in kept[path] if position != left_out)}
+            for path in paths
+            if len(kept[path]) > len(stacks[0][path])
+            for left_out in kept[path]
+        ]
+        fewer = [found for found in fewer if all(fits(path, found[path]) for path in paths)]
+        if not fewer:
+            return kept
+        kept = fewer[0] if len(fewer) == 1 else min(fewer, key=lambda found: missed(shallow(deeper, found)))
+
+
+def _contains(items: Sequence[Any], wanted: Sequence[Any]) -> bool:
+    """Return whether a sequence has another's items in order, perhaps with others between them."""
+    rest = iter(items)
+    return all(any(item == other for other in rest) for item in wanted)
+
+
 def match_layers(
     shallower: nn.Module,
     deeper: nn.Module,
@@ -203,7 +266,7 @@ def match_layers(
     batches: Iterable[tuple[Sequence[Any], Mapping[str, Any]]],
     names: tuple[str, str],
 ) -> Kept:
-    """Choose the layers of the deeper of two networks that go with those of the shallower.
+    """Choose the layers of the deeper of two networks that compute most nearly what the shallower's do.
 
     Parameters
     ----------
@@ -238,12 +301,16 @@ def match_layers(
         allowed = similarity.matrix.masked_fill(~torch.tensor(alike), -torch.inf)
         chosen = match_in_order(allowed) if allowed.shape[0] <= allowed.shape[1] else []
         if not chosen:
-            raise ArchitectureMismatchError(
-                f"the layers of {path} cannot be paired: {names[1]} has {allowed.shape[1]}, {names[0]} "
-                f"{allowed.shape[0]}, and not every one has a counterpart with the same parameters"
-            )
+            raise _unpaired(path, names, *allowed.shape)
         kept[path] = tuple(chosen)
     return kept
+
+
+def _unpaired(path: str, names: tuple[str, str], fewer: int, more: int) -> ArchitectureMismatchError:
+    return ArchitectureMismatchError(
+        f"the layers of {path} cannot be paired: {names[1]} has {more}, {names[0]} {fewer}, and not every "
+        "one has a counterpart with the same parameters"
+    )
 
 
 def _names(layer: nn.Module) -> list[tuple[str, int]]:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import fx
+from torch.export import ExportedProgram
 
-from fxfusion.capture import Capture
+from fxfusion.capture import Capture, Model
 from fxfusion.errors import CalibrationMismatchError
 from fxfusion.rules.registry import operator_name
 
@@ -321,3 +322,23 @@ def _last_uses(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
 
 def _attribute(module: torch.nn.Module, target: str) -> Any:
     return operator.attrgetter(target)(module)
+
+
+def flat_outputs(model: Model, args: Sequence[object], kwargs: Mapping[str, object]) -> list[object]:
+    """Run a parent in evaluation, and leave no trace: flags and counting buffers are put back."""
+    module: torch.nn.Module = model.module() if isinstance(model, ExportedProgram) else model
+    training = (
+        [] if isinstance(model, ExportedProgram) else [item for item in module.modules() if item.training]
+    )
+    for item in training:
+        item.training = False
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    try:
+        with torch.no_grad():
+            return pytree.tree_leaves(module(*args, **kwargs))
+    finally:
+        for name, buffer in module.named_buffers():
+            if name in buffers and not torch.equal(buffer, buffers[name]):
+                buffer.copy_(buffers[name])
+        for item in training:
+            item.training = True

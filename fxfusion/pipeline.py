@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxfusion.agreement import Lessons
+from fxfusion.agreement import Lessons, difference
 from fxfusion.calibration import Batches, Inputs
 from fxfusion.capture import Model, capture
 from fxfusion.certify import Certificate, certify_plan
-from fxfusion.depth import Kept, match_layers, restored, shallow, stacks_of, unequal_stacks
+from fxfusion.depth import Kept, match_layers, needed_layers, restored, shallow, stacks_of, unequal_stacks
 from fxfusion.errors import CertificationError, InvalidWeightError, OptionError
 from fxfusion.execution import Program
 from fxfusion.folding import can_fold
@@ -283,6 +283,7 @@ def fuse(
     flow: Flow | None = None,
     rounds: int = 0,
     layers: str = "keep",
+    layer_matching: str = "outputs",
     observe: Observe | None = None,
     symmetry: str | None = None,
     repair: str | None = None,
@@ -333,6 +334,9 @@ def fuse(
     layers : {"keep", "drop"}
         What becomes of the target's layers that have no counterpart in the shallowest parent: kept as they
         are, or dropped, so that the result is as shallow as that.
+    layer_matching : {"outputs", "representations"}
+        Which layers of a deeper parent take part: those that its outputs need most, or those that compute
+        most nearly what the shallowest parent's layers do (centred kernel alignment).
     observe : Observe, optional
         Which calibration activations count: class tokens, a window, a random share, confident samples.
     symmetry : {"none", "permutation", "largest"}
@@ -398,6 +402,7 @@ def fuse(
         flow=flow,
         rounds=rounds,
         layers=layers,
+        layer_matching=layer_matching,
         observed=observe,
         symmetry=symmetry,
         repair=repair,
@@ -524,6 +529,7 @@ def align(
         flow=flow,
         rounds=rounds,
         layers="keep",
+        layer_matching="outputs",
         observed=observe,
         symmetry=symmetry,
         repair=repair,
@@ -566,9 +572,14 @@ def _fuse_depths(
     kept: dict[int, Kept] = {}
     for index, module in enumerate(modules):
         if depth[index] != depth[base]:
-            samples = [(capture.args, capture.kwargs)] if batches is None else batches
+            samples = [(capture.args, capture.kwargs)] if batches is None else batches.first(SOLVED_SAMPLES)
+            sides = modules[base], module
             names = model_name(modules[base], base), model_name(module, index)
-            kept[index] = match_layers(modules[base], module, paths, samples, names)
+            if settings.layer_matching == "outputs":
+                missed = difference(capture, module, samples, capture.select_outputs(settings.outputs))
+                kept[index] = needed_layers(*sides, paths, missed, names)
+            else:
+                kept[index] = match_layers(*sides, paths, samples, names)
             settings.progress("match layers", index + 1, len(models))
     reduced = [
         shallow(module, kept[index]) if index in kept else module for index, module in enumerate(modules)

@@ -17,6 +17,7 @@ from fxfusion.validation import check_choice
 FEATURES = ("activations", "weights")
 COUPLINGS = ("hard", "soft", "widening")
 LAYERS = ("keep", "drop")
+MATCHINGS = ("outputs", "representations")
 SYMMETRIES = ("none", "permutation", "largest")
 REPAIRS = ("norms", "units", "none")
 AUTO = "auto"
@@ -36,6 +37,7 @@ class Settings:
     flow : Flow or None
     rounds : int
     layers : {"keep", "drop"}
+    layer_matching : {"outputs", "representations"}
     observed : Observe
     symmetry : {"none", "permutation", "largest"}
     repair : {"norms", "units", "none"}
@@ -57,6 +59,7 @@ class Settings:
     flow: Flow | None
     rounds: int
     layers: str
+    layer_matching: str
     observed: Observe
     symmetry: str
     repair: str
@@ -79,6 +82,7 @@ class Settings:
         flow: Flow | None,
         rounds: int,
         layers: str,
+        layer_matching: str,
         observed: Observe | None,
         symmetry: str | None,
         repair: str | None,
@@ -106,6 +110,7 @@ class Settings:
         elif regularisation is not None:
             raise OptionError("regularisation is given twice, to fuse and in its coupling: give one of them")
         check_choice("layers", layers, LAYERS)
+        check_choice("layer_matching", layer_matching, MATCHINGS)
         plain = _default(features, coupling, flow, template)
         chosen = _method(method, symmetry, repair, refinement, plain)
         defaulted = method is None and symmetry is None
@@ -142,6 +147,7 @@ class Settings:
             flow=flow,
             rounds=rounds,
             layers=layers,
+            layer_matching=layer_matching,
             observed=observed or Observe(),
             symmetry=chosen.symmetry,
             repair=chosen.repair,

@@ -20,7 +20,7 @@ from fxfusion.errors import (
     TieMismatchError,
     TooFewModelsError,
 )
-from fxfusion.execution import Program
+from fxfusion.execution import Program, flat_outputs
 from fxfusion.pairing import widths_differ
 from fxfusion.state import prepared
 
@@ -314,7 +314,7 @@ def check_function(
         own = _precision(states[index])
         inputs = _cast((args, kwargs), precision, own)
         weights = _cast(capture.canonical(states[index]), own, precision)
-        expected = _outputs(models[index], *inputs)
+        expected = flat_outputs(models[index], *inputs)
         actual = program.run([weights], args, kwargs)[0]
         tolerance = FUNCTION_TOLERANCE.get(precision if own == precision else torch.float16, 1e-2)
         if len(expected) == len(actual) and all(
@@ -342,26 +342,6 @@ def _cast(tree: Any, old: torch.dtype, new: torch.dtype) -> Any:
     return pytree.tree_map_only(
         torch.Tensor, lambda tensor: tensor.detach().to(new) if tensor.dtype == old else tensor, tree
     )
-
-
-def _outputs(model: Model, args: Sequence[object], kwargs: Mapping[str, object]) -> list[object]:
-    """Run a parent in evaluation, and leave no trace: flags and counting buffers are put back."""
-    module: torch.nn.Module = model.module() if isinstance(model, ExportedProgram) else model
-    training = (
-        [] if isinstance(model, ExportedProgram) else [item for item in module.modules() if item.training]
-    )
-    for item in training:
-        item.training = False
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    try:
-        with torch.no_grad():
-            return pytree.tree_leaves(module(*args, **kwargs))
-    finally:
-        for name, buffer in module.named_buffers():
-            if name in buffers and not torch.equal(buffer, buffers[name]):
-                buffer.copy_(buffers[name])
-        for item in training:
-            item.training = True
 
 
 def _close(left: object, right: object, tolerance: float) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import random
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 import fxfusion
-from fxfusion.depth import Similarity, match_in_order, match_layers, shallow, unequal_stacks
+from fxfusion.depth import Similarity, match_in_order, match_layers, needed_layers, shallow, unequal_stacks
 from fxfusion.errors import ArchitectureMismatchError, InvalidWeightError, OptionError
 
 X = torch.randn(24, 5, generator=torch.Generator().manual_seed(0))
@@ -70,15 +72,17 @@ def scrambled(model: Stack) -> Stack:
     return twin
 
 
+@pytest.mark.parametrize("matching", ["outputs", "representations"])
 @pytest.mark.parametrize("layers", ["keep", "drop"])
-def test_a_deeper_twin_is_recovered(layers: str) -> None:
+def test_a_deeper_twin_is_recovered(layers: str, matching: str) -> None:
     model = Stack(3)
     deep = scrambled(with_idle_layers(model, (1, 3), 5))
-    into_shallow = fxfusion.fuse([deep, model], (X,), calibration=[X], layers=layers)
+    options: dict[str, Any] = {"calibration": [X], "layers": layers, "layer_matching": matching}
+    into_shallow = fxfusion.fuse([deep, model], (X,), **options)
     for key, tensor in model.state_dict().items():
         torch.testing.assert_close(into_shallow.state_dict()[key], tensor, rtol=0, atol=1e-6)
     assert any("parent 0 takes part with layers 0, 2, 4" in note for note in into_shallow.report.notes)
-    into_deep = fxfusion.fuse([model, deep], (X,), calibration=[X], layers=layers)
+    into_deep = fxfusion.fuse([model, deep], (X,), **options)
     torch.testing.assert_close(into_deep.module(X), model(X), rtol=1e-4, atol=1e-5)
     expected = deep if layers == "keep" else model
     loaded = Stack(len(expected.blocks))
@@ -136,6 +140,48 @@ def test_a_shallow_copy_shares_tensors_and_leaves_out_layers() -> None:
     copied = shallow(deep, {"blocks": (1, 3)})
     torch.testing.assert_close(copied(X), deep(X))
     assert copied.get_parameter("blocks.0.up.weight") is deep.get_parameter("blocks.1.up.weight")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_layers_that_are_needed_are_those_whose_loss_shows_least(seed: int) -> None:
+    """One layer to leave out: the search is exhaustive. Three: no single exchange that it made is better."""
+    deep = Stack(5, seed).requires_grad_(False)
+    expected = deep(X)
+
+    def missed(copied: nn.Module) -> float:
+        return float((copied(X) - expected).square().mean())
+
+    alone = needed_layers(Stack(4), deep, ["blocks"], missed, ("", ""))["blocks"]
+    choices = list(itertools.combinations(range(5), 4))
+    assert alone == min(choices, key=lambda kept: missed(shallow(deep, {"blocks": kept})))
+    fewer = needed_layers(Stack(2), deep, ["blocks"], missed, ("", ""))["blocks"]
+    assert set(fewer) < set(alone)
+
+
+def drawn(kinds: list[bool]) -> Stack:
+    """Return a stack of two kinds of blocks: with a norm, and without."""
+    model = Stack(len(kinds))
+    for kind, block in zip(kinds, model.layers, strict=True):
+        if not kind:
+            block.add_module("norm", nn.Identity())
+    return model
+
+
+@given(st.lists(st.booleans(), max_size=6), st.lists(st.booleans(), max_size=4), st.integers(0, 9))
+def test_layers_are_paired_with_their_kind(more: list[bool], fewer: list[bool], seed: int) -> None:
+    """Whenever some choice of layers has the kinds of the shallower stack in order, one is found."""
+    possible = [
+        kept
+        for kept in itertools.combinations(range(len(more)), len(fewer))
+        if [more[position] for position in kept] == fewer
+    ]
+    draw = random.Random(seed)
+    arguments = drawn(fewer), drawn(more), ["blocks"], lambda _: draw.random(), ("", "")
+    if fewer and more and possible:
+        assert needed_layers(*arguments)["blocks"] in possible
+    elif fewer and more:
+        with pytest.raises(ArchitectureMismatchError, match="cannot be paired"):
+            needed_layers(*arguments)
 
 
 # -- what cannot be paired ---------------------------------------------------------------------------
