@@ -13,7 +13,7 @@ geometric mean of ``G^-1`` and ``H``; for the factor of a unit, ``s^4 = h / g``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -28,8 +28,8 @@ LARGEST = 1e8  # condition number of a Gram matrix, and ratio of factors, above 
 _NEWTON = 30
 
 
-def balanced(plan: Plan, state: State) -> dict[str, torch.Tensor]:
-    """Return the weights of the least sum of squares that compute the same.
+def balanced(plan: Plan, state: State) -> tuple[dict[str, torch.Tensor], tuple[torch.Tensor, ...]]:
+    """Find the weights of the least sum of squares that compute the same.
 
     Parameters
     ----------
@@ -40,25 +40,75 @@ def balanced(plan: Plan, state: State) -> dict[str, torch.Tensor]:
 
     Returns
     -------
-    dict of str to torch.Tensor
+    state : dict of str to torch.Tensor
         What no factor reaches is the given tensor itself. Units that nothing writes, or nothing reads, and
         head dimensions without full rank stay as they are.
+    factors : tuple of torch.Tensor
+        What was applied, for each of the plan's scalings: ``[outer..., n]``, or maps ``[outer..., n, n]``.
     """
-    touched = {name for scaling in plan.scalings for name, _, _ in scaling.exponents}
-    wide = {name: state[name].detach().double() for name in touched}
+    wide = _wide(plan, state)
+    factors: list[torch.Tensor | None] = [None] * len(plan.scalings)
     for _ in range(SWEEPS):
         moved = 0.0
-        for scaling in plan.scalings:
-            solve = _turn if plan[scaling.space].symmetry is Symmetry.LINEAR else _stretch
-            wide, change = solve(plan, scaling, wide)
+        for index, scaling in enumerate(plan.scalings):
+            known = factors[index]
+            if plan[scaling.space].symmetry is Symmetry.LINEAR:
+                found, change = _best_map(plan, scaling, wide)
+                factors[index] = found if known is None else found @ known
+            else:
+                found, change = _best_factors(plan, scaling, wide)
+                factors[index] = found if known is None else found * known
+            wide = _applied(plan, scaling, found, wide)
             moved = max(moved, change)
         if moved < TOLERANCE:
             break
+    return _narrow(state, wide), tuple(factor for factor in factors if factor is not None)
+
+
+def unbalanced(plan: Plan, state: State, factors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Take factors back: the inverse of what :func:`balanced` applied.
+
+    Parameters
+    ----------
+    plan, state
+        As for :func:`balanced`.
+    factors : sequence of torch.Tensor
+        As it returns them, of these weights or of others: equal factors for all parents commute with
+        averages.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+    """
+    wide = _wide(plan, state)
+    for scaling, factor in zip(plan.scalings, factors, strict=True):
+        linear = plan[scaling.space].symmetry is Symmetry.LINEAR
+        wide = _applied(plan, scaling, torch.linalg.inv(factor) if linear else 1 / factor, wide)
+    return _narrow(state, wide)
+
+
+def _wide(plan: Plan, state: State) -> dict[str, torch.Tensor]:
+    """Return what factors reach, in double precision."""
+    touched = {name for scaling in plan.scalings for name, _, _ in scaling.exponents}
+    return {name: state[name].detach().double() for name in touched}
+
+
+def _narrow(state: State, wide: State) -> dict[str, torch.Tensor]:
     return {**state, **{name: tensor.to(state[name].dtype) for name, tensor in wide.items()}}
 
 
-def _stretch(plan: Plan, scaling: Scaling, state: State) -> tuple[dict[str, torch.Tensor], float]:
-    """Give every unit its best factor; return also by how much logarithms changed."""
+def _applied(plan: Plan, scaling: Scaling, factor: torch.Tensor, state: State) -> dict[str, torch.Tensor]:
+    """Scale the units of a space, or map its dimensions."""
+    space = plan[scaling.space]
+    if space.symmetry is not Symmetry.LINEAR:
+        return scale(plan, scaling, factor, state)
+    touched = {name for name, _, _ in scaling.exponents}
+    maps = {space.name: invertible(space, factor)}
+    return {**state, **act(plan.only(touched), maps, {name: state[name] for name in touched})}
+
+
+def _best_factors(plan: Plan, scaling: Scaling, state: State) -> tuple[torch.Tensor, float]:
+    """Return every unit's best factor, and the largest logarithm."""
     squares = _summed(plan, scaling, state, lambda rows: rows.square().sum(-1))
     exponents = torch.tensor(list(squares), dtype=torch.float64)
     weighed = torch.stack(list(squares.values()), -1)  # [outer..., n, exponents]
@@ -74,26 +124,22 @@ def _stretch(plan: Plan, scaling: Scaling, state: State) -> tuple[dict[str, torc
         if not step.numel() or float(step.abs().max()) < TOLERANCE:
             break
     change = float(logarithm.abs().max()) if logarithm.numel() else 0.0
-    return scale(plan, scaling, logarithm.exp(), state), change
+    return logarithm.exp(), change
 
 
-def _turn(plan: Plan, scaling: Scaling, state: State) -> tuple[dict[str, torch.Tensor], float]:
-    """Give head dimensions their best map."""
-    space = plan[scaling.space]
+def _best_map(plan: Plan, scaling: Scaling, state: State) -> tuple[torch.Tensor, float]:
+    """Return the best map of head dimensions, and how far it is from none."""
     grams = _summed(plan, scaling, state, lambda rows: rows @ rows.mT)
     itself, inverse = grams[1.0], grams[-1.0]
+    eye = torch.eye(itself.shape[-1], dtype=torch.float64)
     if max(map(_condition, (itself, inverse))) > LARGEST:
-        return dict(state), 0.0
+        return eye.expand_as(itself), 0.0
     root = _power(itself, 0.5)
     inner = root @ inverse @ root
     back = _power(itself, -0.5)
     square = back @ _power((inner + inner.mT) / 2, 0.5) @ back
     found = _power((square + square.mT) / 2, 0.5)
-    eye = torch.eye(space.size, dtype=torch.float64)
-    change = float((found - eye).abs().max())
-    maps = {space.name: invertible(space, found)}
-    touched = {name for name, _, _ in scaling.exponents}
-    return {**state, **act(plan.only(touched), maps, {name: state[name] for name in touched})}, change
+    return found, float((found - eye).abs().max())
 
 
 def _condition(gram: torch.Tensor) -> float:

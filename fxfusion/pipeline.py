@@ -36,6 +36,7 @@ from fxfusion.passes.pair import Pair
 from fxfusion.passes.propagate import Propagate
 from fxfusion.passes.refine import Refine
 from fxfusion.passes.repair import Repair
+from fxfusion.passes.restore import Restore
 from fxfusion.plan import Plan
 from fxfusion.progress import Progress
 from fxfusion.report import FusionReport
@@ -628,7 +629,6 @@ class _Job:
     settings: Settings
     clock: _Clock
     paired: FusionState
-    even: bool  # whether the parents have as many layers as they came with
 
     @property
     def equal(self) -> bool:
@@ -685,7 +685,7 @@ def _paired(
         for captured in (module, *others.values()):
             _run([Normalize(), Propagate(settings.outputs)], captured)
         module = _run([Pair(states, target, others)], module)
-    return _Job(module, models, states, shares, target, batches, settings, clock, state, equal)
+    return _Job(module, models, states, shares, target, batches, settings, clock, state)
 
 
 def _aligned(job: _Job, settings: Settings) -> FusionState:
@@ -716,8 +716,7 @@ def _based(job: _Job, settings: Settings) -> FusionState:
         _hold(state)
     if settings.symmetry == "largest":
         job.run(FoldNorms())
-        if job.even:  # layers that are kept beside the fused ones have the factors of the target
-            job.run(Balance())
+        job.run(Balance())
     with job.clock.measure("certify"):
         state.certificates = _certify_all(state, job.models, settings.seed, settings.progress)
     seen = job.batches if settings.features == "activations" else None
@@ -748,6 +747,7 @@ def _refined(job: _Job, based: FusionState, settings: Settings) -> FusionState:
                 settings.progress,
             )
         )
+    job.run(Restore())
     return state
 
 

@@ -40,6 +40,8 @@ class FusionState:
         Graph, plan and weights of every parent; set by ``Pair``.
     target : int
         In whose basis the others are expressed; set by ``Pair``.
+    factors : tuple of torch.Tensor
+        By which the target was scaled; set by ``Balance``, taken back by ``Restore``.
     certificates : list of Certificate
         One per parent; set by the pipeline.
     alignments : list of Alignment or None
@@ -63,6 +65,7 @@ class FusionState:
     plan: Plan | None = None
     parents: Sequence[Parent] = ()
     target: int = -1
+    factors: tuple[torch.Tensor, ...] = ()
     certificates: list[Certificate] = dataclasses.field(default_factory=list)
     alignments: list[Alignment | None] = dataclasses.field(default_factory=list)
     aligned: list[dict[str, torch.Tensor]] = dataclasses.field(default_factory=list)

@@ -9,6 +9,8 @@
 :mod:`~fxfusion.passes.align`             solve one transport per space and parent
 :mod:`~fxfusion.passes.align_flow`        or one per layer and parent, carried along the network
 :mod:`~fxfusion.passes.apply_transports`  carry the transports through every parameter
+:mod:`~fxfusion.passes.refine`            learn further transports on unlabelled data
+:mod:`~fxfusion.passes.restore`           give all parents the target's own factors
 :mod:`~fxfusion.passes.merge`             average the aligned parents into the graph's parameters
 :mod:`~fxfusion.passes.repair`            re-estimate batch-normalisation statistics
 ==============================  ==========================================================

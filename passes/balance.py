@@ -16,6 +16,8 @@ from fxfusion.state import state_of
 class Balance(FusionPass):
     """Choose units' factors, and head dimensions' bases, alike in every parent.
 
+    The target's factors are kept, for ``Restore`` to take back.
+
     The parents compute what they did; their own tensors are not written.
     """
 
@@ -26,7 +28,10 @@ class Balance(FusionPass):
     def call(self, graph_module: GraphModule) -> PassResult:
         """Run the pass; the graph itself stays as it is."""
         state = state_of(graph_module)
+        found = [balanced(parent.plan, parent.state) for parent in state.parents]
         state.parents = [
-            dataclasses.replace(parent, state=balanced(parent.plan, parent.state)) for parent in state.parents
+            dataclasses.replace(parent, state=weights)
+            for parent, (weights, _) in zip(state.parents, found, strict=True)
         ]
+        state.factors = found[state.target][1]
         return PassResult(graph_module, False)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 import fxfusion
-from fxfusion.balance import balanced
+from fxfusion.balance import balanced, unbalanced
 from fxfusion.certify import certify_plan
 from fxfusion.groups import enlarge
 from fxfusion.plan import Plan, Symmetry
@@ -208,12 +208,12 @@ def test_no_weights_of_the_same_function_are_smaller(name: str) -> None:
     prepared = fxfusion.prepare(model.eval(), (torch.randn(shape, dtype=torch.float64),))
     capture = state_of(prepared).capture
     plan = enlarge(capture, fxfusion.plan(prepared))
-    state = balanced(plan, capture.canonical(model.state_dict()))
+    state, _ = balanced(plan, capture.canonical(model.state_dict()))
     generator = torch.Generator().manual_seed(1)
     for _ in range(20):
         other = random_element(plan, state, generator)
         assert _squares(plan, other) > _squares(plan, state)
-        assert _squares(plan, balanced(plan, other)) == pytest.approx(_squares(plan, state), rel=1e-9)
+        assert _squares(plan, balanced(plan, other)[0]) == pytest.approx(_squares(plan, state), rel=1e-9)
 
 
 @pytest.mark.parametrize("name", ["hf_vit", "gpt2", "opt", "resnet18"])
@@ -228,7 +228,7 @@ def test_balancing_keeps_the_function(name: str) -> None:
         key: tensor.double() if tensor.is_floating_point() else tensor
         for key, tensor in capture.canonical(model.state_dict()).items()
     }
-    moved = balanced(plan, wide)
+    moved, factors = balanced(plan, wide)
     assert _squares(plan, moved) < 0.999 * _squares(plan, wide)
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     other = copy.deepcopy(model).double()
@@ -242,6 +242,24 @@ def test_balancing_keeps_the_function(name: str) -> None:
         expected, found = model(*args, **kwargs), other(*args, **kwargs)
     expected, found = (getattr(item, "logits", item) for item in (expected, found))
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    back = unbalanced(plan, moved, factors)
+    torch.testing.assert_close(back, wide, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", sorted(FACTORS))
+def test_a_target_is_itself_in_its_own_basis(name: str) -> None:
+    """Alignment balances the parents, and takes the target's factors back from all of them."""
+    models = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        models.append(FACTORS[name][0]().eval())
+    x = torch.randn(2, 3, 8, 8) if name in ("batch norm", "depthwise") else torch.randn(4, 3)
+    aligned = fxfusion.align(models, (x,), calibration=[x], symmetry="largest", repair="none", target=1)
+    for key, tensor in models[1].state_dict().items():
+        torch.testing.assert_close(aligned.state_dict(1)[key], tensor, rtol=1e-5, atol=1e-6)
+    other = FACTORS[name][0]().eval()
+    other.load_state_dict(aligned.state_dict(0))
+    torch.testing.assert_close(other(x), models[0](x), rtol=1e-4, atol=1e-5)
 
 
 def test_units_that_nothing_reads_stay() -> None:
@@ -252,7 +270,7 @@ def test_units_that_nothing_reads_stay() -> None:
     prepared = fxfusion.prepare(model.eval(), (torch.randn(4, 3),))
     capture = state_of(prepared).capture
     plan = enlarge(capture, fxfusion.plan(prepared))
-    moved = balanced(plan, capture.canonical(model.state_dict()))
+    moved, _ = balanced(plan, capture.canonical(model.state_dict()))
     written = first.weight.detach()
     assert torch.equal(moved["layers.0.weight"][1], written[1])
     assert not torch.equal(moved["layers.0.weight"][0], written[0])
