@@ -5,6 +5,8 @@
 :func:`certify`               check that on the model itself, in float64
 :func:`scramble`              a random symmetric twin: other weights, the same function
 :func:`fuse`                  align two or more parents and average them
+:func:`fuse_files`            the same from file to file, no parent in memory
+:func:`hollow`                a network whose parameters are reserved and never written
 :func:`align`                 only bring them into one basis, for averages of any weights
 :func:`barrier`               loss and accuracy along the line between two parents
 :class:`Flow`                 settings of ``fuse`` that solve layer by layer, as the paper does
@@ -21,11 +23,13 @@
 from fxfusion.barrier import BarrierReport, Curve, barrier
 from fxfusion.certify import Certificate
 from fxfusion.errors import FusionError
+from fxfusion.hollow import hollow
 from fxfusion.pipeline import AlignedParents, FusionResult, align, certify, fuse, plan, prepare, scramble
 from fxfusion.plan import Incidence, Limit, Plan, Role, Space, Symmetry
 from fxfusion.presets import reference
 from fxfusion.report import FusionReport
 from fxfusion.specialise import specialise
+from fxfusion.streaming import fuse_files
 from fxfusion.transport.hierarchy import Coupling
 from fxfusion.transport.learned import Refinement
 from fxfusion.transport.options import (
@@ -80,6 +84,8 @@ __all__ = [
     "barrier",
     "certify",
     "fuse",
+    "fuse_files",
+    "hollow",
     "plan",
     "prepare",
     "reference",

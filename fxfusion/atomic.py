@@ -14,7 +14,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 
-__all__ = ["replacing", "write_bytes", "write_text"]
+__all__ = ["replacing", "take_place", "write_bytes", "write_text"]
 
 
 @contextlib.contextmanager
@@ -61,11 +61,23 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         yield temporary
         if not temporary.exists():
             raise FileNotFoundError(f"nothing was written for {target}")
-        _flush(temporary)
-        _move(temporary, target)
-        _flush_entry(target.parent)
+        take_place(temporary, target)
     finally:
         _remove(temporary)
+
+
+def take_place(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Flush a file or directory to disk and move it to ``target`` on the same file system.
+
+    Parameters
+    ----------
+    path, target : str or os.PathLike
+        What is at ``target`` is replaced, as by :func:`replacing`.
+    """
+    path, target = pathlib.Path(path), pathlib.Path(os.path.realpath(target))
+    _flush(path)
+    _move(path, target)
+    _flush_entry(target.parent)
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> pathlib.Path:

@@ -220,7 +220,7 @@ def write_huggingface(model: Any, source: str | Path, state: Mapping[str, Tensor
     # save_pretrained knows which tied names its format omits and turns converted weights back (experts
     # that transformers stacks after loading, say).
     model.save_pretrained(directory, state_dict={name: value.detach() for name, value in state.items()})
-    for file in _companions(Path(source)):
+    for file in companions(Path(source)):
         shutil.copyfile(file, directory / file.name)
     written = directory / "config.json"
     if written.is_file() and not getattr(model.config, "tie_word_embeddings", True):
@@ -296,9 +296,14 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     try:
         return dict(load_file(path))
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        if _starts_like_pickle(path):
-            raise _pickle_error(path) from None
-        raise CheckpointError(f"{path} is {_what_is_wrong(path)} ({error})") from error
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: Exception) -> CheckpointError:
+    """Return the error that says in words why a file is no safetensors file that can be read."""
+    if _starts_like_pickle(path):
+        return _pickle_error(path)
+    return CheckpointError(f"{path} is {_what_is_wrong(path)} ({error})")
 
 
 def _starts_like_pickle(path: Path) -> bool:
@@ -490,7 +495,8 @@ def _sort_metadata(path: Path) -> None:
         file.write(text.ljust(size))
 
 
-def _companions(directory: Path) -> list[Path]:
+def companions(directory: Path) -> list[Path]:
+    """Return the files beside a Hugging Face model's weights that a fusion takes over."""
     found = {file for pattern in COMPANION_PATTERNS for file in directory.glob(pattern) if file.is_file()}
     return sorted(file for file in found if file.suffix not in PICKLE_SUFFIXES)
 

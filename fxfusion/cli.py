@@ -349,6 +349,17 @@ def fuse(
             "--target", help="Whose basis and format the result has, counted from 0; -1 is the last."
         ),
     ] = -1,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="From file to file, by weights, without loading a model: OUT is a directory. "
+            "An interrupted run is gone on with.",
+        ),
+    ] = False,
+    shard_size: Annotated[
+        float, typer.Option("--shard-size", min=0.001, metavar="GB", help="Of a file, with --stream.")
+    ] = 1.0,
     given: InputOption = None,
     outputs: OutputsOption = None,
     seed: SeedOption = 0,
@@ -366,6 +377,11 @@ def fuse(
         solver["observe"] = Observe.parse(observe)
     _check_target(target, len(models))
     console = Console()
+    if stream:
+        chosen = (features, coupling, symmetry, repair, method, refine, calibration, flow, observe)
+        _refuse_beside_stream(untie, chosen)
+        _fuse_files(console, models, output, given, shares, target, seed, outputs, int(shard_size * 1e9))
+        return
     with _progress(console) as progress:
         import fxfusion
         from fxfusion import references
@@ -637,6 +653,53 @@ def _check_output(output: Path, resolved: Sequence[ResolvedModel], target: Resol
 def _check_parent(path: Path) -> None:
     if not path.absolute().parent.is_dir():
         raise OptionError(f"cannot write {path}: there is no directory {path.absolute().parent}")
+
+
+def _refuse_beside_stream(untie: bool, chosen: Sequence[object]) -> None:
+    if untie or any(item is not None for item in chosen):
+        raise OptionError(
+            "--stream compares weights, hard, by permutations: leave out features, coupling, symmetry, "
+            "repair, method, refine, untie, calibration, flow and observe"
+        )
+
+
+def _fuse_files(
+    console: Console,
+    models: Sequence[str],
+    output: Path,
+    given: list[str] | None,
+    shares: Sequence[float] | None,
+    target: int,
+    seed: int,
+    outputs: str | None,
+    shard_bytes: int,
+) -> None:
+    """Fuse from file to file."""
+    from fxfusion import references
+    from fxfusion.streaming import fuse_files
+
+    _check_parent(output)
+    with _progress(console) as progress:
+        found = [references.resolve_hollow(model) for model in models]
+        for resolved, _ in found:
+            if resolved.reads(output):
+                raise OptionError(f"--output {output} is a parent: name another output")
+        example = _example(found[target][0], given, None)
+        report = fuse_files(
+            [path for _, path in found],
+            output,
+            [references.module_of(resolved) for resolved, _ in found],
+            example.args,
+            example.kwargs,
+            weights=shares,
+            target=target,
+            seed=seed,
+            shard_bytes=shard_bytes,
+            progress=progress,
+            **_outputs_option(outputs),
+        )
+    console.print(report.table())
+    console.print(f"wrote {output}", highlight=False)
 
 
 def _write(target: ResolvedModel, result: Any, output: Path) -> Path:

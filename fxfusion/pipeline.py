@@ -873,14 +873,19 @@ def _certify_all(
             parent.capture, parent.plan.source, parent.state, state.outputs, seed, samples=CERTIFIED_SAMPLES
         )
         if not certificate.ok:
-            raise CertificationError(
-                f"a random element of the symmetry inferred for {model_name(model, index)} changes its "
-                f"outputs by {certificate.max_relative_error:.1e} (at most {certificate.tolerance:.0e} is "
-                f"allowed): nothing was fused. {_verdict(certificate)}"
-            )
+            raise CertificationError(not_certified(model, index, certificate))
         found.append(certificate)
         progress("certify", index + 1, len(models))
     return found
+
+
+def not_certified(model: Model, index: int, certificate: Certificate) -> str:
+    """Return the message of a certificate that failed."""
+    return (
+        f"a random element of the symmetry inferred for {model_name(model, index)} changes its "
+        f"outputs by {certificate.max_relative_error:.1e} (at most {certificate.tolerance:.0e} is "
+        f"allowed): nothing was fused. {_verdict(certificate)}"
+    )
 
 
 def _verdict(certificate: Certificate) -> str:

@@ -32,6 +32,7 @@ from torch.export import ExportedProgram
 
 from fxfusion import checkpoints
 from fxfusion.errors import CheckpointError, FusionError, ModelReferenceError
+from fxfusion.hollow import hollow
 
 Kind: TypeAlias = Literal["timm", "hf", "factory", "pt2"]
 
@@ -181,6 +182,51 @@ def resolve(reference: str, *, weights: bool = True) -> ResolvedModel:
     if ":" in reference:
         return _resolve_factory(reference, weights)
     raise ModelReferenceError(f"{reference!r} names no model: write {FORMS}{_path_hint(reference)}")
+
+
+def resolve_hollow(reference: str) -> tuple[ResolvedModel, Path]:
+    """Find the model that a reference names, and where its weights are, without reading them.
+
+    Parameters
+    ----------
+    reference : str
+        ``hf:DIRECTORY``, or ``timm:NAME@FILE`` or a factory with a file.
+
+    Returns
+    -------
+    ResolvedModel, Path
+        The model as :func:`fxfusion.hollow.hollow` makes it, and the directory or file of its weights.
+
+    Raises
+    ------
+    ModelReferenceError, CheckpointError
+        As :func:`resolve`, or if the reference names no weights.
+    """
+    if reference.startswith("hf:"):
+        directory = Path(reference.removeprefix("hf:"))
+        config = _read_config(reference, directory)
+        model_class = _architecture(reference, config)
+        settings = model_class.config_class.from_dict(config)
+        files = checkpoints.checkpoint_files(directory)
+        with quiet_transformers():
+            model = hollow(lambda: _build(reference, lambda: model_class._from_config(settings)))
+        return ResolvedModel(reference, model, "hf", files, directory), directory
+    head, at, file = reference.partition("@")
+    if not at or not file or reference.endswith(".pt2"):
+        raise ModelReferenceError(
+            f"{reference} names no weights that could be read by and by: give hf:DIRECTORY, "
+            "timm:NAME@weights.safetensors or package.module:factory@weights.safetensors"
+        )
+    files = checkpoints.checkpoint_files(file)
+    kind: Kind = "timm" if head.startswith("timm:") else "factory"
+    model = hollow(lambda: module_of(resolve(head, weights=False)))
+    return ResolvedModel(reference, model, kind, files), Path(file)
+
+
+def module_of(resolved: ResolvedModel) -> nn.Module:
+    """Return a resolved model that is no exported program."""
+    assert isinstance(resolved.model, nn.Module)
+    return resolved.model
 
 
 @contextlib.contextmanager

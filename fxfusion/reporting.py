@@ -68,7 +68,7 @@ def fusion_report(
         limits=state.plan.limits,
         graph=graph,
         seconds=seconds,
-        versions=_versions(),
+        versions=versions(),
         notes=_notes(state),
     )
 
@@ -97,7 +97,8 @@ def _notes(state: FusionState) -> tuple[str, ...]:
     return (*notes, *state.notes)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of the libraries that take part."""
     found = {}
     for package in ("fxfusion", "torch", "pot", "scipy"):
         try:
@@ -105,3 +106,33 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def model_card(report: FusionReport, parents: Sequence[str]) -> str:
+    """Return a model card, as the Hugging Face Hub shows it: parents, shares, method, versions.
+
+    Parameters
+    ----------
+    report : FusionReport
+    parents : sequence of str
+        What to call the parents.
+    """
+    shares = ", ".join(f"{name} ({weight:.3g})" for name, weight in zip(parents, report.weights, strict=True))
+    made = [f"- {name}: {value}" for name, value in {**report.options, **report.versions}.items()]
+    return "\n".join(
+        [
+            "---",
+            "tags:",
+            "- merge",
+            "- fxfusion",
+            "---",
+            "",
+            f"# {report.model}, fused",
+            "",
+            f"Parents, and their shares: {shares}. Their units were aligned by optimal transport in "
+            f"{len(report.spaces)} spaces, then weights were averaged.",
+            "",
+            *made,
+            "",
+        ]
+    )

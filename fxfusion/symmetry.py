@@ -45,11 +45,41 @@ def random_maps(plan: Plan, generator: torch.Generator) -> dict[str, Map]:
     }
 
 
+class Acted(Mapping[str, torch.Tensor]):
+    """Weights moved by transports, each when it is asked for: for weights that are not in memory.
+
+    Parameters
+    ----------
+    plan : Plan
+    maps : mapping of str to HardMap or SoftMap
+    state : mapping of str to torch.Tensor
+        Weights by the names that the graph uses.
+    """
+
+    def __init__(self, plan: Plan, maps: Maps, state: Mapping[str, torch.Tensor]) -> None:
+        self.plan, self.maps, self.state = plan, maps, state
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return act(self.plan.only({name}), self.maps, {name: self.state[name]})[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.state)
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+
 def random_element(
     plan: Plan, state: Mapping[str, torch.Tensor], generator: torch.Generator
-) -> dict[str, torch.Tensor]:
-    """Move weights by a random element of the symmetry group: :func:`random_maps`, then factors of units."""
-    moved = act(plan, random_maps(plan, generator), state)
+) -> Mapping[str, torch.Tensor]:
+    """Move weights by a random element of the symmetry group: :func:`random_maps`, then factors of units.
+
+    Of weights that are not in memory (no ``dict``), each is moved when it is asked for.
+    """
+    maps = random_maps(plan, generator)
+    if not isinstance(state, dict) and not plan.scalings:
+        return Acted(plan, maps, state)
+    moved = act(plan, maps, state)
     for scaling in plan.scalings:
         space = plan[scaling.space]
         if space.symmetry is Symmetry.SCALED:

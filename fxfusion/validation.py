@@ -66,6 +66,21 @@ def check_parents(models: Sequence[Model], target: int, equal: bool = True) -> l
     TooFewModelsError, OptionError, ArchitectureMismatchError, WidthMismatchError, TieMismatchError, \
 InvalidWeightError
     """
+    target = check_alike(models, target, equal)
+    states = [state_dict_of(model) for model in models]
+    bounds = _bounds(models[target], states)
+    for index, (model, state) in enumerate(zip(models, states, strict=True)):
+        check_finite(model_name(model, index), {name: state[name] for name in state if name not in bounds})
+    return states
+
+
+def check_alike(models: Sequence[Model], target: int, equal: bool = True) -> int:
+    """Check that models are of one architecture, whatever their weights; return the target's position.
+
+    Raises
+    ------
+    TooFewModelsError, OptionError, ArchitectureMismatchError, WidthMismatchError, TieMismatchError
+    """
     check_models(models, target)
     target = range(len(models))[target]
     states = [state_dict_of(model) for model in models]
@@ -77,10 +92,7 @@ InvalidWeightError
             same = equal and not widths_differ([states[target], states[index]])
             _check_structure(models[target], model, target, index, same)
             _check_ties(models[target], model, target, index)
-    bounds = _bounds(models[target], states)
-    for index, (model, state) in enumerate(zip(models, states, strict=True)):
-        check_finite(model_name(model, index), {name: state[name] for name in state if name not in bounds})
-    return states
+    return target
 
 
 def _bounds(model: Model, states: Sequence[Mapping[str, torch.Tensor]]) -> set[str]:

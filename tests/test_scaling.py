@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
@@ -196,7 +196,7 @@ def test_what_must_not_be_scaled(what: str) -> None:
 # -- balance ------------------------------------------------------------------------------------------
 
 
-def _squares(plan: Plan, state: dict[str, torch.Tensor]) -> float:
+def _squares(plan: Plan, state: Mapping[str, torch.Tensor]) -> float:
     return sum(float(state[name].square().sum()) for name in plan.layouts)
 
 

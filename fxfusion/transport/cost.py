@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -26,6 +27,8 @@ from fxfusion.transport.hierarchy import Ground, Shape, Solution, Tree, pairs
 from fxfusion.transport.map import Maps, innermost, scope_dimensions, transport_block
 
 State = Mapping[str, torch.Tensor]
+
+MEMORY = 2**30  # bytes of parameters at unit scale that are kept rather than computed anew
 
 
 def activation_cost(plan: Plan, space: Space, moments: Sequence[CrossMoments]) -> Ground:
@@ -94,7 +97,8 @@ class WeightCost:
         for name, layout in self.plan.layouts.items():
             for space in layout.spaces():
                 self._holders.setdefault(space, []).append(name)
-        self._scaled: dict[tuple[int, str], torch.Tensor | None] = {}
+        self._scaled: OrderedDict[tuple[int, str], torch.Tensor | None] = OrderedDict()
+        self._held = 0  # bytes of them
 
     def parameters(self, tree: Tree) -> list[str]:
         """Return the parameters that hold a space of the tree, in the plan's order."""
@@ -185,15 +189,25 @@ class WeightCost:
         return volume / sum(shapes[name].units for name in compared)
 
     def _standardised(self, side: int, name: str) -> torch.Tensor | None:
-        """Return a parameter in float32 at unit root mean square, a vector centred; None if constant."""
+        """Return a parameter in float32 at unit root mean square, a vector centred; None if constant.
+
+        As many as fit into a bounded memory are kept, the latest.
+        """
         key = (side, name)
-        if key not in self._scaled:
-            value = (self.source if side else self.target)[name].detach().float().contiguous()
-            if value.ndim == 1:
-                value = value - value.mean()
-            scale = value.square().mean().sqrt()
-            self._scaled[key] = value / scale if scale > 1e-7 else None
-        return self._scaled[key]
+        if key in self._scaled:
+            self._scaled.move_to_end(key)
+            return self._scaled[key]
+        value = (self.source if side else self.target)[name].detach().float().contiguous()
+        if value.ndim == 1:
+            value = value - value.mean()
+        scale = float(torch.linalg.vector_norm(value)) / math.sqrt(value.numel())
+        found = value / scale if scale > 1e-7 else None
+        self._scaled[key] = found
+        self._held += 0 if found is None else found.nbytes
+        while self._held > MEMORY and len(self._scaled) > 1:
+            _, dropped = self._scaled.popitem(last=False)
+            self._held -= 0 if dropped is None else dropped.nbytes
+        return found
 
     def _distance(
         self,

@@ -1,0 +1,423 @@
+"""Fusion of checkpoints from file to file: no parent is ever in memory.
+
+Parents are aligned by their weights. Each parameter is read when a space that it holds is compared, again
+for every sweep over that space, and once more when it is written. The result appears at its place whole: it
+grows in a directory beside that, from which an interrupted run goes on. There the transports are kept, and
+every finished shard with the hash of its content.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from fxfusion.atomic import replacing, take_place, write_text
+from fxfusion.capture import tied_groups
+from fxfusion.certify import Certificate, certify_plan
+from fxfusion.checkpoints import (
+    INDEX_NAME,
+    REPORT_SUFFIX,
+    WEIGHTS_NAME,
+    check_output_directory,
+    companions,
+    listed,
+    write_safetensors,
+)
+from fxfusion.errors import CertificationError, CheckpointError
+from fxfusion.methods import Method
+from fxfusion.pairing import Parent, pair
+from fxfusion.passes.merge import weighted_average
+from fxfusion.passes.normalize import Normalize
+from fxfusion.passes.propagate import Propagate
+from fxfusion.pipeline import CERTIFIED_SAMPLES, not_certified, prepare
+from fxfusion.plan import Plan
+from fxfusion.progress import Progress, silent
+from fxfusion.report import FusionReport
+from fxfusion.reporting import fusion_report, model_card, versions
+from fxfusion.state import FusionState, state_of
+from fxfusion.stored import StoredWeights
+from fxfusion.symmetry import act
+from fxfusion.transport.hierarchy import Coupling
+from fxfusion.transport.joint import Alignment, align
+from fxfusion.transport.map import HardMap, Map, SoftMap
+from fxfusion.validation import check_alike, check_shares
+
+SHARD_BYTES = 10**9
+_TRANSPORTS = "transports.safetensors"
+_JOB = "job.json"
+_RESULT = "result"
+_HASH_SUFFIX = ".sha256"
+
+
+@dataclasses.dataclass(eq=False)
+class _Work:
+    """A fusion on its way: what is read, what was found, and where it is written."""
+
+    stored: list[StoredWeights]
+    parents: list[Parent]
+    target: int
+    shares: tuple[float, ...]
+    state: FusionState
+    directory: Path  # transports, hashes, and the result until it is whole
+    out: Path
+    seconds: dict[str, float]
+    progress: Progress
+
+    @property
+    def result(self) -> Path:
+        """The directory that will take its place."""
+        return self.directory / _RESULT
+
+    @property
+    def read(self) -> float:
+        return sum(item.seconds for item in self.stored)
+
+
+def fuse_files(
+    parents: Sequence[str | Path],
+    out: str | Path,
+    models: Sequence[nn.Module],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    weights: Sequence[float] | None = None,
+    target: int = -1,
+    seed: int = 0,
+    outputs: Sequence[str] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress | None = None,
+) -> FusionReport:
+    """Fuse checkpoints by their weights without loading them: from safetensors files to safetensors files.
+
+    Memory holds a few parameters at a time, and one shard of the result. Permutations are solved, hard; other
+    widths may be fused, too. Numbers are averaged in float32 and stored as the target's are.
+
+    Parameters
+    ----------
+    parents : sequence of str or Path
+        A safetensors file each, an index beside its shards, or a directory with either.
+    out : str or Path
+        The directory to write: shards with an index, the target's configuration and tokenizer files, a model
+        card, a report. An empty one or an earlier fusion is replaced. A run that was interrupted is gone on
+        with if it is started again with the same parents and options.
+    models : sequence of torch.nn.Module
+        Per parent, a network of its class, whose parameters do not count: see
+        :func:`fxfusion.hollow.hollow`. Buffers that a checkpoint holds are read into the target's.
+    args, kwargs : sequence, mapping
+        Example inputs of all.
+    weights, target, seed, outputs, progress
+        As for :func:`fxfusion.fuse`.
+    shard_bytes : int
+        How large a file of the result may be; a larger tensor has one of its own.
+
+    Returns
+    -------
+    FusionReport
+        Also in ``out``, as a page.
+
+    Raises
+    ------
+    FusionError
+        As for :func:`fxfusion.fuse`; nothing is at ``out`` then.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from fxfusion.checkpoints import read_weights, save_weights
+    >>> from fxfusion.hollow import hollow
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> make = lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> paths = [folder / "a.safetensors", folder / "b.safetensors"]
+    >>> for path in paths:
+    ...     save_weights(make().state_dict(), path)
+    >>> report = fuse_files(paths, folder / "out", [hollow(make), hollow(make)], (torch.ones(2, 4),))
+    >>> sorted(read_weights(folder / "out")) == sorted(make().state_dict())
+    True
+    """
+    start = time.perf_counter()
+    progress = progress or silent
+    out = Path(out)
+    check_output_directory(out)
+    shares = check_shares(weights, len(parents))
+    target = check_alike(models, target)
+    stored = [StoredWeights(path, _aliases(model)) for path, model in zip(parents, models, strict=True)]
+    for item, model in zip(stored, models, strict=True):
+        _check_names(item, model)
+    state, bound = _bound(models, stored, target, args, kwargs, outputs)
+    state.weights = shares
+    out = out.absolute()
+    work = _Work(stored, bound, target, shares, state, out.parent / f".{out.name}.partial", out, {}, progress)
+    work.seconds["plan"] = time.perf_counter() - start
+    _resume(work, {"seed": seed, "outputs": outputs, "shard_bytes": shard_bytes})
+    _certify(work, models, seed)
+    _solve(work)
+    shards = _write_shards(work, shard_bytes)
+    options = {
+        "features": "weights",
+        "coupling": "hard",
+        "symmetry": "permutation",
+        "target": str(target),
+        "seed": str(seed),
+    }
+    state.method = Method("permutation")
+    report = fusion_report(state, models, options, state.certificates, work.seconds)
+    _finish(work, shards, report)
+    return report
+
+
+# -- what is read --------------------------------------------------------------------------------------
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    """Return for every name of a tied tensor the others', whichever of them a file holds."""
+    return {name: other for group in tied_groups(model) for name in group for other in group if other != name}
+
+
+def _check_names(stored: StoredWeights, model: nn.Module) -> None:
+    """Refuse a checkpoint that does not fit a class, before anything long is begun."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    missing = [name for name in wanted if name not in stored]
+    extra = [name for name in stored if name not in wanted]
+    problems = [f"lacks {listed(missing)}"] * bool(missing) + [f"also holds {listed(extra)}"] * bool(extra)
+    problems += [
+        f"holds {name} of shape {stored.shapes[name]}, where the class has {wanted[name]}"
+        for name in stored
+        if name in wanted and stored.shapes[name] != wanted[name]
+    ][:1]
+    if problems:
+        told = "; it ".join(problems)
+        raise CheckpointError(f"{stored.path} does not fit {type(model).__name__}: it {told}")
+
+
+def _bound(
+    models: Sequence[nn.Module],
+    stored: Sequence[StoredWeights],
+    target: int,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    outputs: Sequence[str] | None,
+) -> tuple[FusionState, list[Parent]]:
+    """Capture and plan the target, and every parent of other widths, and pair them."""
+    module = _planned(models[target], stored[target], args, kwargs, outputs)
+    state = state_of(module, "plan", "Propagate")
+    assert state.plan is not None
+    state.target = target
+    bound = []
+    for index, (model, item) in enumerate(zip(models, stored, strict=True)):
+        capture, plan = state.capture, state.plan
+        if any(item.shapes[name] != stored[target].shapes.get(name) for name in item):
+            other = state_of(_planned(model, item, args, kwargs, outputs), "plan", "Propagate")
+            assert other.plan is not None
+            names = f"model {target} ({state.capture.name})", f"model {index} ({other.capture.name})"
+            plan = pair(state.capture, state.plan, other.capture, other.plan, names)
+            capture = other.capture
+        bound.append(Parent(capture, plan, item))
+    state.parents = bound
+    return state, bound
+
+
+def _planned(
+    model: nn.Module,
+    stored: StoredWeights,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    outputs: Sequence[str] | None,
+) -> torch.fx.GraphModule:
+    """Capture and plan a network; its buffers are read, its parameters never."""
+    for name, buffer in model.named_buffers():
+        if name in stored:
+            buffer.copy_(stored[name])
+    module = prepare(model, args, kwargs)
+    for item in (Normalize(), Propagate(outputs)):
+        module = item(module).graph_module
+    return module
+
+
+# -- stages --------------------------------------------------------------------------------------------
+
+
+def _certify(work: _Work, models: Sequence[nn.Module], seed: int) -> None:
+    start = time.perf_counter()
+    for index, parent in enumerate(work.parents):
+        found: Certificate = certify_plan(
+            parent.capture,
+            parent.plan.source,
+            parent.state,
+            work.state.outputs,
+            seed,
+            samples=CERTIFIED_SAMPLES,
+            diagnose=False,
+        )
+        if not found.ok:
+            raise CertificationError(not_certified(models[index], index, found))
+        work.state.certificates.append(found)
+        work.progress("certify", index + 1, len(work.parents))
+    work.seconds["certify"] = time.perf_counter() - start
+
+
+def _solve(work: _Work) -> None:
+    """Solve the transports of all parents but the target, or find them where an earlier run left them."""
+    start, read = time.perf_counter(), work.read
+    own = work.parents[work.target].state
+    file = work.directory / _TRANSPORTS
+    kept = _kept_transports(file, work.state.plan) if file.is_file() else {}
+    for index, parent in enumerate(work.parents):
+        if index == work.target:
+            work.state.alignments.append(None)
+            continue
+        if index not in kept:
+            kept[index] = align(parent.plan, own, parent.state, Coupling(), None, work.progress)
+            _keep_transports(file, kept)
+        work.state.alignments.append(kept[index])
+    work.seconds["read for alignment"] = work.read - read
+    work.seconds["align"] = time.perf_counter() - start - work.seconds["read for alignment"]
+
+
+def _write_shards(work: _Work, shard_bytes: int) -> dict[str, list[str]]:
+    """Write all shards that are not there yet; return the names in each."""
+    start, read = time.perf_counter(), work.read
+    target = work.stored[work.target]
+    groups: list[list[str]] = [[]]
+    held = 0
+    for name in target:
+        size = target.bytes_of(name)
+        if groups[-1] and held + size > shard_bytes:
+            groups.append([])
+            held = 0
+        groups[-1].append(name)
+        held += size
+    count = len(groups)
+    files = [
+        WEIGHTS_NAME if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+        for index in range(count)
+    ]
+    for index, (file, names) in enumerate(zip(files, groups, strict=True)):
+        work.progress("write shards", index, count)
+        if not _is_written(work, file):
+            path = work.result / file
+            with replacing(path) as temporary:
+                write_safetensors({name: _fused(work, name) for name in names}, temporary)
+            write_text(work.directory / (file + _HASH_SUFFIX), _hash(path))
+    work.progress("write shards", count, count)
+    work.seconds["read for writing"] = work.read - read
+    work.seconds["write"] = time.perf_counter() - start - work.seconds["read for writing"]
+    return dict(zip(files, groups, strict=True))
+
+
+def _fused(work: _Work, name: str) -> torch.Tensor:
+    """Return one tensor of the result: the parents' average, or the target's where nothing is averaged."""
+    kept = work.state.capture.aliases.get(name, name)
+    if kept not in work.state.capture.parameters:
+        return work.stored[work.target][name]
+    moved = []
+    for parent, alignment in zip(work.parents, work.state.alignments, strict=True):
+        tensor = parent.state[kept]
+        if alignment is not None:
+            tensor = act(parent.plan.only({kept}), alignment.maps, {kept: tensor})[kept]
+        moved.append({name: tensor})
+    return weighted_average(moved, work.shares, work.target)[name]
+
+
+def _is_written(work: _Work, file: str) -> bool:
+    """Whether a shard was written before, by a run that was interrupted."""
+    place = work.result if work.result.exists() else work.out  # there if all was done but tidying up
+    hashed, path = work.directory / (file + _HASH_SUFFIX), place / file
+    return hashed.is_file() and path.is_file() and hashed.read_text(encoding="utf-8") == _hash(path)
+
+
+def _finish(work: _Work, shards: Mapping[str, list[str]], report: FusionReport) -> None:
+    """Put everything beside the shards, and the directory in its place."""
+    if work.result.exists():
+        _furnish(work, shards, report)
+        take_place(work.result, work.out)
+    shutil.rmtree(work.directory)
+
+
+def _furnish(work: _Work, shards: Mapping[str, list[str]], report: FusionReport) -> None:
+    target, directory = work.stored[work.target], work.result
+    if len(shards) > 1:
+        table = {name: file for file, names in shards.items() for name in names}
+        index = {"metadata": {"total_size": target.size}, "weight_map": dict(sorted(table.items()))}
+        write_text(directory / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+    if target.path.is_dir():
+        for file in companions(target.path):
+            shutil.copyfile(file, directory / file.name)
+    write_text(directory / "README.md", model_card(report, [item.path.name for item in work.stored]))
+    write_text(directory / f"{work.out.name}{REPORT_SUFFIX}", report.to_html())
+    for file in directory.glob(".*"):  # what a killed run was writing
+        file.unlink()
+
+
+# -- going on ------------------------------------------------------------------------------------------
+
+
+def _resume(work: _Work, options: Mapping[str, Any]) -> None:
+    """Go on in the directory of an interrupted run, if that was the same job, else begin anew."""
+    job = json.dumps(
+        {
+            "options": {**options, "shares": work.shares, "target": work.target},
+            "versions": versions(),
+            "files": [
+                [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in item.files]
+                for item in work.stored
+            ],
+        },
+        sort_keys=True,
+    )
+    file = work.directory / _JOB
+    written = [path.name.removesuffix(_HASH_SUFFIX) for path in work.directory.glob(f"*{_HASH_SUFFIX}")]
+    whole = work.result.exists() or (bool(written) and all(_is_written(work, name) for name in written))
+    if whole and file.is_file() and file.read_text(encoding="utf-8") == job:
+        return
+    if work.directory.exists():
+        shutil.rmtree(work.directory)
+    work.result.mkdir(parents=True)
+    write_text(file, job)
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _keep_transports(path: Path, alignments: Mapping[int, Alignment]) -> None:
+    """Write transports; costs go into the header."""
+    tensors, facts = {"none": torch.zeros(1)}, {}
+    for index, alignment in alignments.items():
+        for name, item in alignment.maps.items():
+            sides = ("index",) if isinstance(item, HardMap) else ("write", "read")
+            tensors.update({f"{index}/{name}/{side}": getattr(item, side) for side in sides})
+        facts[index] = {"before": alignment.before, "after": alignment.after, "sweeps": alignment.sweeps}
+    with replacing(path) as temporary:
+        write_safetensors(tensors, temporary, {"alignments": json.dumps(facts)})
+
+
+def _kept_transports(path: Path, plan: Plan | None) -> dict[int, Alignment]:
+    assert plan is not None
+    weights = StoredWeights(path)
+    with safe_open(path, framework="pt") as content:
+        facts = json.loads(content.metadata()["alignments"])
+    return {
+        int(index): Alignment(
+            {space.name: _kept_map(weights, f"{index}/{space.name}", space.scope) for space in plan.spaces},
+            found["before"],
+            found["after"],
+            found["sweeps"],
+        )
+        for index, found in facts.items()
+    }
+
+
+def _kept_map(weights: StoredWeights, name: str, scope: tuple[str, ...]) -> Map:
+    if f"{name}/index" in weights:
+        return HardMap(scope, weights[f"{name}/index"])
+    return SoftMap(scope, weights[f"{name}/write"], weights[f"{name}/read"])
