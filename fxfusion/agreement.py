@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ import torch.utils._pytree as pytree
 from fxfusion.calibration import Batches, Inputs
 from fxfusion.capture import Capture
 from fxfusion.execution import Program, flat_outputs
-from fxfusion.pairing import Parent
 
 MEMORY = 256 * 2**20  # bytes of inputs and outputs that are kept rather than computed anew
 
@@ -138,7 +137,8 @@ class Lessons:
     Parameters
     ----------
     capture : Capture
-    parents : sequence of Parent
+    parents : sequence of (Capture, mapping)
+        Graph and weights of each.
     outputs : frozenset of int
         Flat positions of the outputs that count.
     weights : sequence of float
@@ -151,7 +151,7 @@ class Lessons:
     def __init__(
         self,
         capture: Capture,
-        parents: Sequence[Parent],
+        parents: Sequence[tuple[Capture, Mapping[str, torch.Tensor]]],
         outputs: frozenset[int],
         weights: Sequence[float],
         batches: Batches,
@@ -160,8 +160,8 @@ class Lessons:
         self.batches = batches
         self.weights = list(weights)
         self._runs = [
-            (Program(parent.capture), parent.state)
-            for parent, weight in zip(parents, weights, strict=True)
+            (Program(parent), state)
+            for (parent, state), weight in zip(parents, weights, strict=True)
             if weight
         ]
         self._memory = memory

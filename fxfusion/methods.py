@@ -37,26 +37,19 @@ METHODS: dict[str, Method] = {
 """``vanilla`` averages what lies in the same place."""
 
 
-def candidates(refinement: Refinement | None, equal: bool) -> list[Method]:
+def candidates(refinement: Refinement | None) -> list[Method]:
     """Return what ``method="auto"`` tries.
 
     Parameters
     ----------
     refinement : Refinement or None
         Learning takes minutes: it is tried where it is asked for.
-    equal : bool
-        Whether widths are equal: rotations, units left where they are, and repaired units need that.
 
     Examples
     --------
-    >>> [str(method) for method in candidates(None, equal=False)]
-    ['permutation']
-    >>> [str(method) for method in candidates(None, equal=True)][3:]
-    ['permutation, units repaired', 'orthogonal, units repaired']
+    >>> [str(method) for method in candidates(None)]  # doctest: +NORMALIZE_WHITESPACE
+    ['vanilla', 'permutation', 'orthogonal', 'permutation, units repaired', 'orthogonal, units repaired']
     """
-    largest = "largest" if equal else "permutation"
-    learned = [] if refinement is None else [Method(largest, refinement=refinement)]
-    if not equal:
-        return [Method("permutation"), *learned]
-    aligned = [Method("permutation"), Method(largest), *learned]
+    learned = [] if refinement is None else [Method("largest", refinement=refinement)]
+    aligned = [Method("permutation"), Method("largest"), *learned]
     return [METHODS["vanilla"], *aligned, *(dataclasses.replace(item, repair="units") for item in aligned)]

@@ -23,7 +23,7 @@ from fxfusion.execution import Program
 from fxfusion.folding import can_fold
 from fxfusion.groups import enlarge
 from fxfusion.methods import Method, candidates
-from fxfusion.pairing import widths_differ
+from fxfusion.pairing import Parent, widths_differ
 from fxfusion.passes.align import Align
 from fxfusion.passes.align_flow import AlignFlow
 from fxfusion.passes.apply_transports import ApplyTransports
@@ -40,7 +40,7 @@ from fxfusion.passes.restore import Restore
 from fxfusion.plan import Plan
 from fxfusion.progress import Progress
 from fxfusion.report import FusionReport
-from fxfusion.reporting import fusion_report
+from fxfusion.reporting import fusion_report, widths_told
 from fxfusion.settings import AUTO, Settings
 from fxfusion.state import KEY, FusionState, attach, prepared, state_of
 from fxfusion.symmetry import act, complete, random_maps
@@ -586,7 +586,16 @@ def _fuse_depths(
         shallow(module, kept[index]) if index in kept else module for index, module in enumerate(modules)
     ]
     seen = None if batches is None else batches.source
-    result = _fuse(_paired(reduced, args, kwargs, seen, weights, target, settings, equal=False))
+    job = _paired(reduced, args, kwargs, seen, weights, target, settings, equal=False)
+    if settings.refinement is not None or settings.auto:
+        full = {index: state_of(prepare(modules[index], args, kwargs)).capture for index in kept}
+        job.paired.teachers = tuple(
+            (full[index], full[index].canonical(state_dict_of(modules[index])))
+            if index in full
+            else (parent.capture, parent.state)
+            for index, parent in enumerate(job.paired.parents)
+        )
+    result = _fuse(job)
     notes = [
         f"of {path}, parent {index} takes part with layers {', '.join(map(str, positions))}"
         for index, found in kept.items()
@@ -595,17 +604,21 @@ def _fuse_depths(
     report = dataclasses.replace(result.report, notes=(*result.report.notes, *notes))
     if settings.layers == "drop" or target not in kept:
         return dataclasses.replace(result, report=report)
-    full = prepare(modules[target], args, kwargs)
+    whole = prepare(modules[target], args, kwargs)
     state = restored(state_dict_of(modules[target]), result.state_dict(), kept[target])
-    known = state_of(full).capture
-    write(full, {name: state[name] for name in known.parameters}, known.aliases)
-    full.meta.pop(KEY)
-    return FusionResult(full, report, result.plan, state)
+    known = state_of(whole).capture
+    write(whole, {name: state[name] for name in known.parameters}, known.aliases)
+    whole.meta.pop(KEY)
+    return FusionResult(whole, report, result.plan, state)
 
 
 def _fuse(job: _Job) -> FusionResult:
     """Fuse paired parents, in the way asked for or by the best of several."""
-    state = _best(job) if job.settings.auto else _merged(job, _aligned(job, job.settings), job.shares)
+    choices = _choices(job)
+    if len(choices) > 1:
+        state = _best(job, choices)
+    else:
+        state = _merged(job, _aligned(job, job.settings), job.shares)
     settings = job.settings.by(state.method)
     report = fusion_report(
         state, job.models, settings.facts(job.target), state.certificates, job.clock.seconds
@@ -691,22 +704,44 @@ def _paired(
 def _aligned(job: _Job, settings: Settings) -> FusionState:
     """Bring the parents into the target's basis, and refine that if it is asked for.
 
-    Where the larger group was nobody's wish, and the parents' widths differ or it is not certified, spaces
-    keep permutations.
+    Where the larger group was nobody's wish and is not certified, spaces keep permutations.
     """
     fallback = settings.fallback
+    way = _as_equals(job, settings)
     if fallback is None or fallback == settings.method:
-        return _refined(job, _based(job, settings), settings)
-    notes: tuple[str, ...] = ()
-    if job.equal:
-        try:
-            return _refined(job, _based(job, settings), settings)
-        except CertificationError as error:
-            notes = (f"the larger group is not certified, so that spaces keep permutations: {error}",)
+        return _refined(way, _based(way, settings), settings)
+    try:
+        return _refined(way, _based(way, settings), settings)
+    except CertificationError as error:
+        note = f"the larger group is not certified, so that spaces keep permutations: {error}"
     settings = settings.by(fallback)
-    state = _refined(job, _based(job, settings), settings)
-    state.notes = notes
+    way = _as_equals(job, settings)
+    state = _refined(way, _based(way, settings), settings)
+    state.notes = (*state.notes, note)
     return state
+
+
+def _as_equals(job: _Job, settings: Settings) -> _Job:
+    """Carry parents of other widths into the target's, and go on as if they had been trained at those.
+
+    Transports of larger groups are square, and units are repaired one by one: only what goes without both
+    fuses parents of other widths as they are. What is learned is learned from the parents as they came.
+    """
+    if job.equal or (settings.symmetry != "largest" and settings.repair != "units"):
+        return job
+    based = _based(job, settings.by(Method("permutation")))
+    parents = []
+    for index, parent in enumerate(job.paired.parents):
+        weights = based.aligned[index]
+        if parent.capture is not job.paired.capture:
+            alone = [float(index == other) for other in range(len(job.models))]
+            weights = _merged(job, dataclasses.replace(based, method=Method("permutation")), alone).merged
+        assert based.plan is not None
+        parents.append(Parent(job.paired.capture, based.plan, weights))
+    teachers = job.paired.taught_by
+    notes = (*job.paired.notes, *widths_told(job.paired))
+    paired = dataclasses.replace(job.paired, parents=parents, teachers=teachers, notes=notes)
+    return dataclasses.replace(job, paired=paired)
 
 
 def _based(job: _Job, settings: Settings) -> FusionState:
@@ -769,34 +804,64 @@ def _merged(job: _Job, aligned: FusionState, shares: Sequence[float]) -> FusionS
     return state
 
 
-def _best(job: _Job) -> FusionState:
+def _choices(job: _Job) -> list[tuple[_Job, Method]]:
+    """Return the ways to fuse that are to be compared: one, unless several are asked for.
+
+    Units of other widths are grouped either way. Where nobody asked for a method, it is left to the data
+    whether parents are then fused as equals: carried into a narrow network, some lose too much.
+    """
+    settings = job.settings
+    if settings.auto:
+        equals = _as_equals(job, settings.by(Method("largest")))
+        plain = [] if job.equal else [(job, Method("permutation"))]
+        return [*plain, *((equals, method) for method in candidates(settings.refinement))]
+    if settings.fallback in (None, settings.method) or job.equal or settings.refinement is not None:
+        return [(job, settings.method)]
+    assert settings.fallback is not None
+    methods = settings.fallback, settings.method
+    return [(_as_equals(job, settings.by(method)), method) for method in methods]
+
+
+def _best(job: _Job, choices: Sequence[tuple[_Job, Method]]) -> FusionState:
     """Return the fusion whose outputs are closest to the parents' average on calibration data."""
     assert job.batches is not None
     paired = job.paired
     few = job.batches.first(SOLVED_SAMPLES)
-    lessons = Lessons(paired.capture, paired.parents, paired.outputs, job.shares, few)
+    lessons = Lessons(paired.capture, paired.taught_by, paired.outputs, job.shares, few)
     program = Program(paired.capture)
-    based: dict[str, FusionState] = {}
-    refined: dict[tuple[str, bool], FusionState] = {}
+    based: dict[tuple[int, str], FusionState] = {}
+    refined: dict[tuple[int, str, bool], FusionState] = {}
+    refused: dict[tuple[int, str], CertificationError] = {}
     best: FusionState | None = None
-    found: list[tuple[float, Method]] = []
-    for method in candidates(job.settings.refinement, job.equal):
+    found: list[tuple[float, str]] = []
+    for way, method in choices:
         settings = job.settings.by(method)
-        key = method.symmetry, method.refinement is not None
-        if method.symmetry not in based:
-            based[method.symmetry] = _based(job, settings)
+        base = id(way), method.symmetry
+        key = *base, method.refinement is not None
+        if base in refused:
+            continue
+        if base not in based:
+            try:
+                based[base] = _based(way, settings)
+            except CertificationError as error:
+                refused[base] = error
+                continue
         if key not in refined:
-            refined[key] = _refined(job, based[method.symmetry], settings)
-        state = _merged(job, dataclasses.replace(refined[key], method=method), job.shares)
+            refined[key] = _refined(way, based[base], settings)
+        state = _merged(way, dataclasses.replace(refined[key], method=method), job.shares)
         distance = lessons.judge(_runner(program, state.merged))
         if not found or distance < min(found, key=itemgetter(0))[0]:
             best = state
-        found.append((distance, method))
-    assert best is not None
+        equals = "" if way is job or job.equal else ", as equals"
+        found.append((distance, f"{method}{equals}"))
+    if best is None:
+        raise next(iter(refused.values()))
     state = job.begin(best)
     write(job.module, state.merged, state.capture.aliases)
-    told = "; ".join(f"{method}: {distance:.4g}" for distance, method in sorted(found, key=itemgetter(0)))
-    state.notes = (f"chosen by distance from the parents' average outputs on the calibration data: {told}",)
+    told = "; ".join(f"{name}: {distance:.4g}" for distance, name in sorted(found, key=itemgetter(0)))
+    note = f"chosen by distance from the parents' average outputs on the calibration data: {told}"
+    left_out = [f"symmetry {name!r} is left out: {error}" for (_, name), error in refused.items()]
+    state.notes = (*state.notes, note, *left_out)
     return state
 
 

@@ -86,6 +86,12 @@ def _notes(state: FusionState) -> tuple[str, ...]:
             f"transports refined in {state.refined.steps} steps: distance from the parents' average outputs "
             f"{state.refined.before:.4g} before and {state.refined.after:.4g} after, on batches held out"
         )
+    return (*notes, *widths_told(state), *state.notes)
+
+
+def widths_told(state: FusionState) -> list[str]:
+    """Say of every parent of other widths what they are."""
+    notes = []
     for index, parent in enumerate(state.parents):
         if isinstance(parent.plan, PairedPlan):
             sizes = {
@@ -94,7 +100,7 @@ def _notes(state: FusionState) -> tuple[str, ...]:
                 if parent.plan.source[space.name].size != space.size
             }
             notes.append(f"parent {index} has other widths: {', '.join(sorted(sizes))} units")
-    return (*notes, *state.notes)
+    return notes
 
 
 def versions() -> dict[str, str]:

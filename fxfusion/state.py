@@ -6,7 +6,7 @@ Node metadata of one's own is lost by decomposition, re-export and saving; names
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,8 @@ class FusionState:
         Graph, plan and weights of every parent; set by ``Pair``.
     target : int
         In whose basis the others are expressed; set by ``Pair``.
+    teachers : tuple of (Capture, mapping)
+        Whose outputs are learned from, if not the parents': those had other widths or depths.
     factors : tuple of torch.Tensor
         By which the target was scaled; set by ``Balance``, taken back by ``Restore``.
     certificates : list of Certificate
@@ -65,6 +67,7 @@ class FusionState:
     plan: Plan | None = None
     parents: Sequence[Parent] = ()
     target: int = -1
+    teachers: tuple[tuple[Capture, Mapping[str, torch.Tensor]], ...] = ()
     factors: tuple[torch.Tensor, ...] = ()
     certificates: list[Certificate] = dataclasses.field(default_factory=list)
     alignments: list[Alignment | None] = dataclasses.field(default_factory=list)
@@ -74,6 +77,11 @@ class FusionState:
     method: Method = dataclasses.field(default_factory=lambda: Method("permutation"))
     notes: tuple[str, ...] = ()
     merged: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+
+    @property
+    def taught_by(self) -> tuple[tuple[Capture, Mapping[str, torch.Tensor]], ...]:
+        """Graph and weights of every parent as it came."""
+        return self.teachers or tuple((parent.capture, parent.state) for parent in self.parents)
 
 
 def attach(capture: Capture) -> fx.GraphModule:

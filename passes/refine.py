@@ -50,7 +50,7 @@ class Refine(FusionPass):
         state = state_of(graph_module)
         assert state.plan is not None
         weights = self.weights or (1.0 / len(state.parents),) * len(state.parents)
-        lessons = Lessons(state.capture, state.parents, state.outputs, weights, self.batches)
+        lessons = Lessons(state.capture, state.taught_by, state.outputs, weights, self.batches)
         state.refined = refine(
             state.plan,
             state.capture,

@@ -95,7 +95,7 @@ def test_data_beyond_memory_are_read_anew_and_say_the_same() -> None:
     program = Program(state.capture)
     found = []
     for memory in (0, 2**30):
-        lessons = Lessons(state.capture, state.parents, state.outputs, [0.5, 0.5], batches, memory)
+        lessons = Lessons(state.capture, state.taught_by, state.outputs, [0.5, 0.5], batches, memory)
         found.append(lessons.judge(lambda inputs: program.run([state.aligned[0]], *inputs)[0]))
         assert [position for position, _ in lessons.once()] == [0, 1, 2, 3]
     assert found[0] == pytest.approx(found[1], rel=1e-6)
@@ -345,17 +345,48 @@ def test_the_default_turns_and_repairs_where_it_can() -> None:
     assert plain.report.options["symmetry"] == "largest"
 
 
-@pytest.mark.parametrize("options", [{}, {"repair": "none"}, {"repair": "norms"}, {"refine": 2}])
-def test_the_default_is_permutations_for_other_widths(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("sizes", [(12, 8), (8, 12)])
+@pytest.mark.parametrize("options", [{}, {"repair": "none"}, {"repair": "norms"}])
+def test_the_default_is_what_the_data_say_for_other_widths(
+    sizes: tuple[int, int], options: dict[str, Any]
+) -> None:
+    """Parents of other widths are fused as they are, or as equals: kept is what says more nearly the same."""
     torch.manual_seed(0)
-    models = [nn.Sequential(nn.Linear(4, size), nn.ReLU(), nn.Linear(size, 3)) for size in (12, 8)]
+    models = [nn.Sequential(nn.Linear(4, size), nn.ReLU(), nn.Linear(size, 3)) for size in sizes]
     x = torch.randn(16, 4)
-    result = fxfusion.fuse(models, (x,), calibration=[x], **options)
-    assert result.report.options["symmetry"] == "permutation"
-    assert any("refined" in note for note in result.report.notes) == ("refine" in options)
-    expected = fxfusion.fuse(models, (x,), calibration=[x], symmetry="permutation", **options)
-    for name, tensor in expected.state_dict().items():
+    given: dict[str, Any] = {"models": models, "args": (x,), "calibration": [x]}
+    result = fxfusion.fuse(**given, **options)
+    units = options or {"repair": "units"}
+    both = [
+        fxfusion.fuse(**given, symmetry="permutation", **options),
+        fxfusion.fuse(**given, symmetry="largest", **units),
+    ]
+    expected = [sum(model(x).softmax(-1) for model in models) / 2]
+    with torch.no_grad():
+        distances = [
+            float((expected[0] * (expected[0].log() - item.module(x).log_softmax(-1))).sum(-1).mean())
+            for item in both
+        ]
+    best = both[distances.index(min(distances))]
+    for name, tensor in best.state_dict().items():
         assert torch.equal(result.state_dict()[name], tensor)
+    told = " ".join(result.report.notes)
+    assert all(f"{distance:.4g}" in told for distance in distances)
+    assert f"{sizes[0]} to {sizes[1]}" in told
+
+
+@pytest.mark.parametrize("sizes", [(12, 8), (8, 12)])
+def test_transports_of_parents_of_other_widths_are_learned_from_the_parents(sizes: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(4, size), nn.ReLU(), nn.Linear(size, 3)) for size in sizes]
+    x = torch.randn(64, 4)
+    result = fxfusion.fuse(models, (x,), calibration=list(x.split(8)), refine=40)
+    expected = sum(model(x).softmax(-1) for model in models) / 2
+    with torch.no_grad():
+        found = result.module(x[:8])  # the first batch judges
+        distance = float((expected[:8] * (expected[:8].log() - found.log_softmax(-1))).sum(-1).mean())
+    (told,) = (note for note in result.report.notes if "refined" in note)
+    assert f"{distance:.4g} after" in told
 
 
 def test_the_default_is_permutations_where_a_larger_group_is_not_certified(

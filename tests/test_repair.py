@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fxfusion
-from fxfusion.errors import CalibrationRequiredError, OptionError
+from fxfusion.errors import CalibrationRequiredError
 from tests import zoo
 
 
@@ -91,6 +91,14 @@ def test_what_repair_needs() -> None:
     model = Mixed()
     with pytest.raises(CalibrationRequiredError, match="units"):
         fxfusion.fuse([model, model], (torch.randn(2, 2, 5, 5),), repair="units")
-    x = torch.randn(4, 2, 5, 5)
-    with pytest.raises(OptionError, match="equal widths"):
-        fxfusion.fuse([Mixed(8), model], (x,), calibration=[x], repair="units")
+
+
+def test_units_of_parents_of_other_widths_are_repaired() -> None:
+    x = torch.randn(16, 2, 5, 5)
+    models = [Mixed(8), Mixed()]
+    plain, repaired = (
+        fxfusion.fuse(models, (x,), calibration=[x], symmetry="permutation", repair=repair).state_dict()
+        for repair in ("norms", "units")
+    )
+    assert plain.keys() == repaired.keys() == models[1].state_dict().keys()
+    assert any(not torch.equal(plain[name], repaired[name]) for name in plain)

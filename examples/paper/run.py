@@ -294,6 +294,7 @@ def _unequal(
                 "target parent": target,
                 "fused, hard": fuse(study.task, [parent, target], target),
                 "fused, soft": fuse(study.task, [parent, target], target, coupling="soft"),
+                "fused, learned": fuse(study.task, [parent, target], target, **study.learning),
             }
             study.add(scores, f"{name}: other parent", parent)
             for label, start in starts.items():
