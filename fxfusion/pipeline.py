@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -63,6 +64,7 @@ from fxfusion.validation import (
 
 REFITS = 3  # turns in which a template of a third width is fitted
 SOLVED_SAMPLES = 1000  # on which closed forms settle; learning goes on with all
+TIE = 1e-6  # by how much an average has to be closer to the parents' than what was tried before it
 CERTIFIED_SAMPLES = 2  # of the example, on which parents are certified before they are fused
 
 
@@ -833,6 +835,7 @@ def _best(job: _Job, choices: Sequence[tuple[_Job, Method]]) -> FusionState:
     refined: dict[tuple[int, str, bool], FusionState] = {}
     refused: dict[tuple[int, str], CertificationError] = {}
     best: FusionState | None = None
+    least = math.inf
     found: list[tuple[float, str]] = []
     for way, method in choices:
         settings = job.settings.by(method)
@@ -850,8 +853,8 @@ def _best(job: _Job, choices: Sequence[tuple[_Job, Method]]) -> FusionState:
             refined[key] = _refined(way, based[base], settings)
         state = _merged(way, dataclasses.replace(refined[key], method=method), job.shares)
         distance = lessons.judge(_runner(program, state.merged))
-        if not found or distance < min(found, key=itemgetter(0))[0]:
-            best = state
+        if distance < least - TIE:
+            best, least = state, distance
         equals = "" if way is job or job.equal else ", as equals"
         found.append((distance, f"{method}{equals}"))
     if best is None:
