@@ -299,7 +299,8 @@ def fuse(
     """Fuse models of one architecture: align their units by optimal transport, then average.
 
     Widths may differ: hidden units, channels, heads, embedding. A wider parent's units are then averaged in
-    groups where they are written and summed where they are read, a narrower one's copied and divided.
+    groups where they are written and summed where they are read, a narrower one's copied and divided. For
+    larger groups, repaired units and learned transports they are carried over first, and then fused as equals.
     Depths may differ, too: layers of a repeated block are paired in order by what they compute.
 
     Parameters

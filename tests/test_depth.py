@@ -93,6 +93,19 @@ def test_a_deeper_twin_is_recovered(layers: str, matching: str) -> None:
         assert all(torch.equal(loaded.blocks[1].state_dict()[key], tensor) for key, tensor in idle.items())
 
 
+def test_transports_are_learned_from_the_whole_of_a_deeper_parent() -> None:
+    """Not from what is left of it: its outputs, all its layers taking part, are averaged."""
+    deep, model = Stack(4, 5).eval(), Stack(2).eval()
+    batches = list(torch.randn(64, 5, generator=torch.Generator().manual_seed(4)).split(8))
+    result = fxfusion.fuse([deep, model], (X,), calibration=batches, refine=30)
+    with torch.no_grad():
+        expected = (deep(batches[0]).softmax(-1) + model(batches[0]).softmax(-1)) / 2
+        found = result.module(batches[0]).log_softmax(-1)  # the first batch judges
+        distance = float((expected * (expected.log() - found)).sum(-1).mean())
+    (told,) = (note for note in result.report.notes if "refined" in note)
+    assert f"{distance:.4g} after" in told
+
+
 def test_depth_and_width_may_both_differ() -> None:
     parents = [Stack(4, 0, 12), Stack(2, 1, 8), Stack(3, 2, 10)]
     for target, depth, width in ((0, 4, 12), (1, 2, 8), (2, 3, 10)):
