@@ -373,13 +373,16 @@ def _shard_path(index: Path, shard: str) -> Path:
         raise CheckpointError(f"{index} names the shard {shard!r}, which is not a file beside it")
     if path.suffix in PICKLE_SUFFIXES:
         raise _pickle_error(path)
-    real = path.resolve()
+    try:
+        real, found = path.resolve(), path.is_file()
+    except (OSError, ValueError):  # too long, a null byte, half a character
+        raise CheckpointError(f"{index} names the shard {shard!r}, which is no file name") from None
     if real.parent != directory.resolve() and not _is_hub_blob(directory, real):
         raise CheckpointError(
             f"the shard {path} is a symbolic link to {real}, outside the directory of its index; replace the "
             "link by the file"
         )
-    if not path.is_file():
+    if not found:
         raise CheckpointError(f"{index} names the shard {shard!r}, which is missing{_similar_file(path)}")
     return path
 

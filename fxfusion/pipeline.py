@@ -300,7 +300,7 @@ def fuse(
 
     Widths may differ: hidden units, channels, heads, embedding. A wider parent's units are then averaged in
     groups where they are written and summed where they are read, a narrower one's copied and divided. For
-    larger groups, repaired units and learned transports they are carried over first, and then fused as equals.
+    larger groups, repaired units and learned transports they are carried over first, then fused as equals.
     Depths may differ, too: layers of a repeated block are paired in order by what they compute.
 
     Parameters
