@@ -97,7 +97,7 @@ class WeightCost:
         for name, layout in self.plan.layouts.items():
             for space in layout.spaces():
                 self._holders.setdefault(space, []).append(name)
-        self._scaled: OrderedDict[tuple[int, str], torch.Tensor | None] = OrderedDict()
+        self._known: OrderedDict[tuple[int, str], _Comparable | None] = OrderedDict()
         self._held = 0  # bytes of them
 
     def parameters(self, tree: Tree) -> list[str]:
@@ -156,27 +156,32 @@ class WeightCost:
         dict of str to Ground
         """
         shapes = {space.name: Shape.of(self.plan, space) for space in tree.members}
-        total = {name: Ground.zeros(shape) for name, shape in shapes.items()}
+        total = {name: _Distances(shape) for name, shape in shapes.items()}
         turning = {space.name for space in tree.members if space.symmetry.rotates}
         skip = partial and self.anchored(tree, frozenset(maps)) > 0
         for name in self.parameters(tree):
-            left, right = self._standardised(0, name), self._standardised(1, name)
+            left, right = self._comparable(0, name), self._comparable(1, name)
             if left is None or right is None:
                 continue
+            scales = left.scale, right.scale
             others = self.plan.source.layouts[name].blocks
             for block, other in zip(self.plan.layouts[name].blocks, others, strict=True):
                 if skip and self._unsolved(block, tree, frozenset(maps)):
                     continue
                 carried = transport_block(
-                    other, other.view(right), maps, self._reading.get(name, frozenset()), skip=tree.names
+                    other,
+                    other.view(right.value),
+                    maps,
+                    self._reading.get(name, frozenset()),
+                    skip=tree.names,
                 )
                 for space, dimension, scope in innermost(block, self._scopes):
                     if space in tree.names:
-                        place = _Place(block, dimension, scope, shapes[space], space in turning)
-                        views = block.view(left), carried
-                        total[space] += self._distance(place, tree, *views, maps, solutions)
+                        place = _Place(block, dimension, scope, shapes[space], scales)
+                        views = block.view(left.value), carried
+                        self._compare(total[space], place, tree, *views, maps, solutions)
         scale = 0.5 / self._features(tree, shapes)
-        return {name: cost * scale for name, cost in total.items()}
+        return {name: found.ground(scale, name in turning) for name, found in total.items()}
 
     def _features(self, tree: Tree, shapes: Mapping[str, Shape]) -> float:
         """Return the mean number of weights by which an innermost unit of a tree is compared."""
@@ -188,36 +193,38 @@ class WeightCost:
                 compared.update(found)
         return volume / sum(shapes[name].units for name in compared)
 
-    def _standardised(self, side: int, name: str) -> torch.Tensor | None:
-        """Return a parameter in float32 at unit root mean square, a vector centred; None if constant.
+    def _comparable(self, side: int, name: str) -> _Comparable | None:
+        """Return a parameter in float32, a vector centred, and its scale; None if constant.
 
         As many as fit into a bounded memory are kept, the latest.
         """
         key = (side, name)
-        if key in self._scaled:
-            self._scaled.move_to_end(key)
-            return self._scaled[key]
+        if key in self._known:
+            self._known.move_to_end(key)
+            return self._known[key]
         value = (self.source if side else self.target)[name].detach().float().contiguous()
         if value.ndim == 1:
             value = value - value.mean()
-        scale = float(torch.linalg.vector_norm(value)) / math.sqrt(value.numel())
-        found = value / scale if scale > 1e-7 else None
-        self._scaled[key] = found
-        self._held += 0 if found is None else found.nbytes
-        while self._held > MEMORY and len(self._scaled) > 1:
-            _, dropped = self._scaled.popitem(last=False)
-            self._held -= 0 if dropped is None else dropped.nbytes
+        size = float(torch.linalg.vector_norm(value)) / math.sqrt(value.numel())
+        found = _Comparable(value, 1.0 / size) if size > 1e-7 else None
+        self._known[key] = found
+        self._held += 0 if found is None else found.value.nbytes
+        while self._held > MEMORY and len(self._known) > 1:
+            _, dropped = self._known.popitem(last=False)
+            self._held -= 0 if dropped is None else dropped.value.nbytes
         return found
 
-    def _distance(
+    def _compare(
         self,
+        total: _Distances,
         place: _Place,
         tree: Tree,
         left: torch.Tensor,
         right: torch.Tensor,
         maps: Maps,
         solutions: Mapping[str, Solution],
-    ) -> Ground:
+    ) -> None:
+        """Add the distances at a place."""
         siblings, unknown = [], []
         for dimension, factor in enumerate(place.block.factors):
             if dimension in place.leading or factor.space not in self._scopes:
@@ -230,8 +237,15 @@ class WeightCost:
             elif dimension not in self._outer_of_siblings(place.block, tree):
                 unknown.append(dimension)
         if not siblings:
-            return place.distance(left, right, unknown)
-        return self._distance_beside(place, left, right, siblings, unknown, solutions)
+            total.add(place, left, right, unknown)
+            return
+        # Beside other spaces of the tree, whose map differs with the pair of outer units.
+        for unit in range(place.shape.outer):
+            moved = right
+            for dimension, space in siblings:
+                scope = scope_dimensions(place.block, dimension, self._scopes[space])
+                moved = _apply_row(moved, dimension, scope, solutions[space], unit)
+            total.add(place, place.row(left, unit), moved, unknown, unit)
 
     def _is_sibling(self, place: _Place, dimension: int) -> bool:
         """Return whether a dimension's space lies below exactly the outer spaces of the compared one."""
@@ -245,28 +259,6 @@ class WeightCost:
             if factor.space in tree.names
             for outer in scope_dimensions(block, dimension, self._scopes[factor.space])
         }
-
-    def _distance_beside(
-        self,
-        place: _Place,
-        left: torch.Tensor,
-        right: torch.Tensor,
-        siblings: Sequence[tuple[int, str]],
-        unknown: Sequence[int],
-        solutions: Mapping[str, Solution],
-    ) -> Ground:
-        """Distance beside other spaces of the tree, whose map differs with the pair of outer units."""
-        rows = []
-        for unit in range(place.shape.outer):
-            moved = right
-            for dimension, space in siblings:
-                scope = scope_dimensions(place.block, dimension, self._scopes[space])
-                moved = _apply_row(moved, dimension, scope, solutions[space], unit)
-            chosen = place.row(left, unit)
-            rows.append(place.distance(chosen, moved, unknown, rows=1))
-        offsets = [row.offset for row in rows]
-        known = [item for item in offsets if isinstance(item, torch.Tensor)]
-        return Ground(torch.cat([row.matrix for row in rows], 1), torch.cat(known, 1) if known else 0.0)
 
 
 def _apply_row(
@@ -291,6 +283,56 @@ def _apply_row(
     return torch.einsum(view, labels, row.to(view.dtype), [*scope, view.ndim, dimension], result)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Comparable:
+    """A parameter, and what brings it to unit root mean square."""
+
+    value: torch.Tensor
+    scale: float
+
+
+class _Distances:
+    """Squared distances between units, summed over places, in place: matrices of units are large.
+
+    Inner products and squared lengths are kept apart until the end.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        self.products = torch.zeros(shape.cost, dtype=torch.float64)
+        self.target = torch.zeros(shape.cost[:3] + shape.cost[3:4], dtype=torch.float64)
+        self.source = torch.zeros(shape.cost[:3] + shape.cost[4:5], dtype=torch.float64)
+
+    def add(
+        self,
+        place: _Place,
+        left: torch.Tensor,
+        right: torch.Tensor,
+        unknown: Sequence[int],
+        unit: int | None = None,
+    ) -> None:
+        """Add those at a place; with a ``unit``, of this outer unit of the target alone."""
+        shape, (scale, other) = place.shape, place.scales
+        rows = slice(None) if unit is None else slice(unit, unit + 1)
+        a = place.features(left, unknown, shape.outer if unit is None else 1, shape.size)
+        b = place.features(right, unknown, shape.source_outer, shape.source_size)
+        if unknown:
+            b = _resampled(b, a.shape[-1], math.prod(right.shape[axis] for axis in unknown))
+        cross = torch.matmul(a.flatten(1, 2), b.flatten(1, 2).mT)
+        cross = pairs(cross, dataclasses.replace(shape, outer=a.shape[1]))
+        self.products[:, rows].add_(cross, alpha=scale * other)
+        for total, features, factor, dimension in ((self.target, a, scale, 2), (self.source, b, other, 1)):
+            lengths = torch.linalg.vector_norm(features, dim=-1).double().mul_(factor).square_()
+            total[:, rows].add_(lengths.unsqueeze(dimension))
+
+    def ground(self, factor: float, turning: bool) -> Ground:
+        """Return the cost in other units; of units that may turn, lengths are told apart."""
+        matrix = self.products.mul_(-2.0 * factor)
+        target, source = self.target * factor, self.source * factor
+        if turning:
+            return Ground(matrix, target.sum(-1) + source.sum(-1))
+        return Ground(matrix.add_(target.unsqueeze(-1)).add_(source.unsqueeze(-2)))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Place:
     """Where in a block a space is compared."""
@@ -299,7 +341,7 @@ class _Place:
     dimension: int
     scope: Sequence[int]
     shape: Shape
-    turning: bool = False  # whether its units may turn: inner products and lengths are told apart
+    scales: tuple[float, float]  # that bring the target's and the source's parameter to unit scale
 
     @property
     def leading(self) -> list[int]:
@@ -317,25 +359,7 @@ class _Place:
             view = view.narrow(place, remainder, 1)
         return view
 
-    def distance(
-        self, left: torch.Tensor, right: torch.Tensor, unknown: Sequence[int], rows: int | None = None
-    ) -> Ground:
-        """Squared distances ``[fixed, target outer, source outer, n, n]``."""
-        shape = self.shape
-        a = self._features(left, unknown, rows or shape.outer, shape.size)
-        b = self._features(right, unknown, shape.source_outer, shape.source_size)
-        if unknown:
-            b = _resampled(b, a.shape[-1], math.prod(right.shape[axis] for axis in unknown))
-        cross = torch.matmul(a.flatten(1, 2), b.flatten(1, 2).mT)
-        cross = pairs(cross, dataclasses.replace(shape, outer=a.shape[1]))
-        norms_a, norms_b = a.square().sum(-1), b.square().sum(-1)
-        if self.turning:
-            lengths = norms_a.sum(-1)[:, :, None] + norms_b.sum(-1)[:, None, :]
-            return Ground(-2.0 * cross.double(), lengths.double())
-        norms = norms_a[:, :, None, :, None] + norms_b[:, None, :, None, :]
-        return Ground((norms - 2.0 * cross).double())
-
-    def _features(self, view: torch.Tensor, unknown: Sequence[int], outer: int, size: int) -> torch.Tensor:
+    def features(self, view: torch.Tensor, unknown: Sequence[int], outer: int, size: int) -> torch.Tensor:
         """Return ``[fixed, outer, n, features]``, values along unknown axes sorted."""
         known = [axis for axis in range(view.ndim) if axis not in self.leading and axis not in unknown]
         view = view.permute(*self.leading, *known, *unknown)
