@@ -160,7 +160,7 @@ def plan(
     ['permutation, positive scale']
     """
     check_choice("symmetry", symmetry, ("permutation", "largest"))
-    state = _planned(model, args, kwargs, outputs)
+    state = planned(model, args, kwargs, outputs)
     assert state.plan is not None
     return state.plan if symmetry == "permutation" else enlarge(state.capture, state.plan)
 
@@ -197,7 +197,7 @@ def certify(
     True
     """
     check_choice("symmetry", symmetry, ("permutation", "largest"))
-    state = _planned(model, args, kwargs, outputs)
+    state = planned(model, args, kwargs, outputs)
     assert state.plan is not None
     found, weights = state.plan, state.capture.canonical(_real_state(model))
     if symmetry == "largest":
@@ -239,7 +239,7 @@ def scramble(
     >>> torch.allclose(model(x), before, atol=1e-6)
     True
     """
-    state = _planned(model, args, kwargs, outputs)
+    state = planned(model, args, kwargs, outputs)
     assert state.plan is not None
     full = _real_state(model)
     maps = random_maps(state.plan, torch.Generator().manual_seed(seed))
@@ -862,7 +862,9 @@ def _best(job: _Job, choices: Sequence[tuple[_Job, Method]]) -> FusionState:
         raise next(iter(refused.values()))
     state = job.begin(best)
     write(job.module, state.merged, state.capture.aliases)
-    told = "; ".join(f"{name}: {distance:.4g}" for distance, name in sorted(found, key=itemgetter(0)))
+    chosen = next(item for item in found if item[0] == least)
+    others = sorted((item for item in found if item is not chosen), key=itemgetter(0))
+    told = "; ".join(f"{name}: {distance:.4g}" for distance, name in (chosen, *others))
     note = f"chosen by distance from the parents' average outputs on the calibration data: {told}"
     left_out = [f"symmetry {name!r} is left out: {error}" for (_, name), error in refused.items()]
     state.notes = (*state.notes, note, *left_out)
@@ -908,9 +910,10 @@ class _Clock:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
-def _planned(
+def planned(
     model: Model, args: Sequence[Any], kwargs: Mapping[str, Any] | None, outputs: Sequence[str] | None
 ) -> FusionState:
+    """Capture a model and infer its plan: the state of its graph module, as passes take it."""
     module = _run([Normalize(), Propagate(outputs)], prepare(model, args, kwargs))
     return state_of(module, "plan", "Propagate")
 

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from torch import nn
 
 from fxfusion.atomic import replacing, take_place, write_text
+from fxfusion.average import weighted_average
 from fxfusion.capture import tied_groups
 from fxfusion.certify import Certificate, certify_plan
 from fxfusion.checkpoints import (
@@ -36,15 +37,12 @@ from fxfusion.checkpoints import (
 from fxfusion.errors import CertificationError, CheckpointError
 from fxfusion.methods import Method
 from fxfusion.pairing import Parent, pair
-from fxfusion.passes.merge import weighted_average
-from fxfusion.passes.normalize import Normalize
-from fxfusion.passes.propagate import Propagate
-from fxfusion.pipeline import CERTIFIED_SAMPLES, not_certified, prepare
+from fxfusion.pipeline import CERTIFIED_SAMPLES, not_certified, planned
 from fxfusion.plan import Plan
 from fxfusion.progress import Progress, silent
 from fxfusion.report import FusionReport
 from fxfusion.reporting import fusion_report, model_card, versions
-from fxfusion.state import FusionState, state_of
+from fxfusion.state import FusionState
 from fxfusion.stored import StoredWeights
 from fxfusion.symmetry import act
 from fxfusion.transport.hierarchy import Coupling
@@ -207,15 +205,14 @@ def _bound(
     outputs: Sequence[str] | None,
 ) -> tuple[FusionState, list[Parent]]:
     """Capture and plan the target, and every parent of other widths, and pair them."""
-    module = _planned(models[target], stored[target], args, kwargs, outputs)
-    state = state_of(module, "plan", "Propagate")
+    state = _planned(models[target], stored[target], args, kwargs, outputs)
     assert state.plan is not None
     state.target = target
     bound = []
     for index, (model, item) in enumerate(zip(models, stored, strict=True)):
         capture, plan = state.capture, state.plan
         if any(item.shapes[name] != stored[target].shapes.get(name) for name in item):
-            other = state_of(_planned(model, item, args, kwargs, outputs), "plan", "Propagate")
+            other = _planned(model, item, args, kwargs, outputs)
             assert other.plan is not None
             names = f"model {target} ({state.capture.name})", f"model {index} ({other.capture.name})"
             plan = pair(state.capture, state.plan, other.capture, other.plan, names)
@@ -231,15 +228,12 @@ def _planned(
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None,
     outputs: Sequence[str] | None,
-) -> torch.fx.GraphModule:
+) -> FusionState:
     """Capture and plan a network; its buffers are read, its parameters never."""
     for name, buffer in model.named_buffers():
         if name in stored:
             buffer.copy_(stored[name])
-    module = prepare(model, args, kwargs)
-    for item in (Normalize(), Propagate(outputs)):
-        module = item(module).graph_module
-    return module
+    return planned(model, args, kwargs, outputs)
 
 
 # -- stages --------------------------------------------------------------------------------------------
