@@ -140,16 +140,45 @@ def load_into(model: nn.Module, weights: Mapping[str, Tensor], reference: str) -
     Parameter containing:
     tensor([1., 1.], requires_grad=True)
     """
-    content = model.state_dict(keep_vars=True)
-    state = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    check_fits(model, weights, weights, reference)
+    complete = _fill_ties(weights, _tied_names(_tensors_of(model)))
+    model.load_state_dict(complete, strict=True)
+
+
+def check_fits(
+    model: nn.Module, shells: Mapping[str, Tensor], weights: Mapping[str, Tensor], reference: str
+) -> None:
+    """Say everything in which weights do not fit a model.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    shells : mapping of str to Tensor
+        Names, shapes and kinds; what is in the tensors does not count.
+    weights : mapping of str to Tensor
+        The weights themselves, of which only those that the model ties are looked at.
+    reference : str
+        How to call these weights in an error message.
+
+    Raises
+    ------
+    CheckpointError
+        As :func:`load_into`.
+    """
+    state = _tensors_of(model)
     ties = _tied_names(state)
-    complete = _fill_ties(weights, ties)
+    complete = _fill_ties(shells, ties)
+    given = [[name for name in names if name in shells] for names in ties]
     problems = (
-        _name_problems(state, complete) + _value_problems(state, complete) + _tie_problems(complete, ties)
+        _name_problems(state, complete) + _value_problems(state, complete) + _tie_problems(weights, given)
     )
     if problems:
         raise CheckpointError(f"{reference} does not fit {type(model).__name__}:\n" + "\n".join(problems))
-    model.load_state_dict(complete, strict=True)
+
+
+def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    content = model.state_dict(keep_vars=True)
+    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
 
 
 def save_weights(
@@ -459,12 +488,11 @@ def _kind(tensor: Tensor) -> str:
 def _tie_problems(weights: Mapping[str, Tensor], ties: Iterable[list[str]]) -> list[str]:
     problems = []
     for names in ties:
-        present = [name for name in names if name in weights]
-        for name in present[1:]:
-            first, other = weights[present[0]], weights[name]
+        for name in names[1:]:
+            first, other = weights[names[0]], weights[name]
             same = first.shape == other.shape and torch.allclose(first, other, rtol=0, atol=0, equal_nan=True)
             if not same:
-                problems.append(f"  {present[0]} and {name} differ, but the model ties them to one tensor")
+                problems.append(f"  {names[0]} and {name} differ, but the model ties them to one tensor")
     return problems
 
 

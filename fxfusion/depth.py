@@ -26,6 +26,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from fxfusion.errors import ArchitectureMismatchError
+from fxfusion.execution import flat_outputs
 
 ROWS = 256  # samples or tokens of a batch at which layers are compared
 
@@ -317,7 +318,6 @@ def _names(layer: nn.Module) -> list[tuple[str, int]]:
     return [(name, tensor.ndim) for name, tensor in layer.state_dict().items()]
 
 
-@torch.no_grad()
 def _record(
     model: nn.Module, paths: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> dict[str, list[torch.Tensor]]:
@@ -329,16 +329,11 @@ def _record(
             hooks.append(
                 layer.register_forward_hook(lambda *call, path=path: found[path].append(_rows(call[2])))
             )
-    training = [item for item in model.modules() if item.training]
-    for item in training:
-        item.training = False
     try:
-        model(*args, **kwargs)
+        flat_outputs(model, args, kwargs)
     finally:
         for hook in hooks:
             hook.remove()
-        for item in training:
-            item.training = True
     return found
 
 

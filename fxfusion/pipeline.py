@@ -590,8 +590,10 @@ def _fuse_depths(
     ]
     seen = None if batches is None else batches.source
     job = _paired(reduced, args, kwargs, seen, weights, target, settings, equal=False)
+    wholes: dict[int, fx.GraphModule] = {}
     if settings.refinement is not None or settings.auto:
-        full = {index: state_of(prepare(modules[index], args, kwargs)).capture for index in kept}
+        wholes = {index: prepare(modules[index], args, kwargs) for index in kept}
+        full = {index: state_of(whole).capture for index, whole in wholes.items()}
         job.paired.teachers = tuple(
             (full[index], full[index].canonical(state_dict_of(modules[index])))
             if index in full
@@ -607,7 +609,7 @@ def _fuse_depths(
     report = dataclasses.replace(result.report, notes=(*result.report.notes, *notes))
     if settings.layers == "drop" or target not in kept:
         return dataclasses.replace(result, report=report)
-    whole = prepare(modules[target], args, kwargs)
+    whole = wholes[target] if target in wholes else prepare(modules[target], args, kwargs)
     state = restored(state_dict_of(modules[target]), result.state_dict(), kept[target])
     known = state_of(whole).capture
     write(whole, {name: state[name] for name in known.parameters}, known.aliases)
@@ -756,7 +758,7 @@ def _based(job: _Job, settings: Settings) -> FusionState:
         job.run(FoldNorms())
         job.run(Balance())
     with job.clock.measure("certify"):
-        state.certificates = _certify_all(state, job.models, settings.seed, settings.progress)
+        state.certificates = certify_all(state, job.models, settings.seed, settings.progress)
     seen = job.batches if settings.features == "activations" else None
     if seen is not None and (settings.refinement is not None or settings.auto):
         seen = seen.first(SOLVED_SAMPLES)
@@ -933,25 +935,38 @@ def _real_state(model: Model) -> dict[str, torch.Tensor]:
     return state
 
 
-def _certify_all(
+def certify_all(
     state: FusionState,
     models: Sequence[Model],
     seed: int,
     progress: Progress,
+    diagnose: bool = True,
 ) -> list[Certificate]:
+    """Certify the parents; ``diagnose`` as for :func:`fxfusion.certify.certify_plan`.
+
+    Raises
+    ------
+    CertificationError
+    """
     found = []
     for index, (model, parent) in enumerate(zip(models, state.parents, strict=True)):
         certificate = certify_plan(
-            parent.capture, parent.plan.source, parent.state, state.outputs, seed, samples=CERTIFIED_SAMPLES
+            parent.capture,
+            parent.plan.source,
+            parent.state,
+            state.outputs,
+            seed,
+            samples=CERTIFIED_SAMPLES,
+            diagnose=diagnose,
         )
         if not certificate.ok:
-            raise CertificationError(not_certified(model, index, certificate))
+            raise CertificationError(_not_certified(model, index, certificate))
         found.append(certificate)
         progress("certify", index + 1, len(models))
     return found
 
 
-def not_certified(model: Model, index: int, certificate: Certificate) -> str:
+def _not_certified(model: Model, index: int, certificate: Certificate) -> str:
     """Return the message of a certificate that failed."""
     return (
         f"a random element of the symmetry inferred for {model_name(model, index)} changes its "

@@ -112,6 +112,13 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         """Bytes of all tensors."""
         return sum(map(self.bytes_of, self._file))
 
+    def shells(self) -> dict[str, torch.Tensor]:
+        """Return tensors without memory, of the shapes and kinds of those in the files."""
+        return {
+            name: torch.empty(shape, dtype=self.dtypes[name], device="meta")
+            for name, shape in self.shapes.items()
+        }
+
     def bytes_of(self, name: str) -> int:
         """Return how many bytes a tensor takes."""
         kept = self._aliases.get(name, name)

@@ -24,20 +24,18 @@ from torch import nn
 from fxfusion.atomic import replacing, take_place, write_text
 from fxfusion.average import weighted_average
 from fxfusion.capture import tied_groups
-from fxfusion.certify import Certificate, certify_plan
 from fxfusion.checkpoints import (
     INDEX_NAME,
     REPORT_SUFFIX,
     WEIGHTS_NAME,
+    check_fits,
     check_output_directory,
     companions,
-    listed,
     write_safetensors,
 )
-from fxfusion.errors import CertificationError, CheckpointError
 from fxfusion.methods import Method
 from fxfusion.pairing import Parent, pair
-from fxfusion.pipeline import CERTIFIED_SAMPLES, not_certified, planned
+from fxfusion.pipeline import certify_all, planned
 from fxfusion.plan import Plan
 from fxfusion.progress import Progress, silent
 from fxfusion.report import FusionReport
@@ -62,9 +60,6 @@ class _Work:
     """A fusion on its way: what is read, what was found, and where it is written."""
 
     stored: list[StoredWeights]
-    parents: list[Parent]
-    target: int
-    shares: tuple[float, ...]
     state: FusionState
     directory: Path  # transports, hashes, and the result until it is whole
     out: Path
@@ -75,6 +70,11 @@ class _Work:
     def result(self) -> Path:
         """The directory that will take its place."""
         return self.directory / _RESULT
+
+    @property
+    def target(self) -> StoredWeights:
+        """The target's weights."""
+        return self.stored[self.state.target]
 
     @property
     def read(self) -> float:
@@ -149,11 +149,11 @@ def fuse_files(
     target = check_alike(models, target)
     stored = [StoredWeights(path, _aliases(model)) for path, model in zip(parents, models, strict=True)]
     for item, model in zip(stored, models, strict=True):
-        _check_names(item, model)
-    state, bound = _bound(models, stored, target, args, kwargs, outputs)
-    state.weights = shares
+        check_fits(model, item.shells(), item, str(item.path))
+    state = _bound(models, stored, target, args, kwargs, outputs)
+    state.weights, state.method = shares, Method("permutation")
     out = out.absolute()
-    work = _Work(stored, bound, target, shares, state, out.parent / f".{out.name}.partial", out, {}, progress)
+    work = _Work(stored, state, out.parent / f".{out.name}.partial", out, {}, progress)
     work.seconds["plan"] = time.perf_counter() - start
     _resume(work, {"seed": seed, "outputs": outputs, "shard_bytes": shard_bytes})
     _certify(work, models, seed)
@@ -166,7 +166,6 @@ def fuse_files(
         "target": str(target),
         "seed": str(seed),
     }
-    state.method = Method("permutation")
     report = fusion_report(state, models, options, state.certificates, work.seconds)
     _finish(work, shards, report)
     return report
@@ -180,22 +179,6 @@ def _aliases(model: nn.Module) -> dict[str, str]:
     return {name: other for group in tied_groups(model) for name in group for other in group if other != name}
 
 
-def _check_names(stored: StoredWeights, model: nn.Module) -> None:
-    """Refuse a checkpoint that does not fit a class, before anything long is begun."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    missing = [name for name in wanted if name not in stored]
-    extra = [name for name in stored if name not in wanted]
-    problems = [f"lacks {listed(missing)}"] * bool(missing) + [f"also holds {listed(extra)}"] * bool(extra)
-    problems += [
-        f"holds {name} of shape {stored.shapes[name]}, where the class has {wanted[name]}"
-        for name in stored
-        if name in wanted and stored.shapes[name] != wanted[name]
-    ][:1]
-    if problems:
-        told = "; it ".join(problems)
-        raise CheckpointError(f"{stored.path} does not fit {type(model).__name__}: it {told}")
-
-
 def _bound(
     models: Sequence[nn.Module],
     stored: Sequence[StoredWeights],
@@ -203,7 +186,7 @@ def _bound(
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None,
     outputs: Sequence[str] | None,
-) -> tuple[FusionState, list[Parent]]:
+) -> FusionState:
     """Capture and plan the target, and every parent of other widths, and pair them."""
     state = _planned(models[target], stored[target], args, kwargs, outputs)
     assert state.plan is not None
@@ -219,7 +202,7 @@ def _bound(
             capture = other.capture
         bound.append(Parent(capture, plan, item))
     state.parents = bound
-    return state, bound
+    return state
 
 
 def _planned(
@@ -241,37 +224,26 @@ def _planned(
 
 def _certify(work: _Work, models: Sequence[nn.Module], seed: int) -> None:
     start = time.perf_counter()
-    for index, parent in enumerate(work.parents):
-        found: Certificate = certify_plan(
-            parent.capture,
-            parent.plan.source,
-            parent.state,
-            work.state.outputs,
-            seed,
-            samples=CERTIFIED_SAMPLES,
-            diagnose=False,
-        )
-        if not found.ok:
-            raise CertificationError(not_certified(models[index], index, found))
-        work.state.certificates.append(found)
-        work.progress("certify", index + 1, len(work.parents))
+    # Finding out whether rounding alone would do the same takes all weights at once.
+    work.state.certificates = certify_all(work.state, models, seed, work.progress, diagnose=False)
     work.seconds["certify"] = time.perf_counter() - start
 
 
 def _solve(work: _Work) -> None:
     """Solve the transports of all parents but the target, or find them where an earlier run left them."""
     start, read = time.perf_counter(), work.read
-    own = work.parents[work.target].state
+    state = work.state
+    own = state.parents[state.target].state
     file = work.directory / _TRANSPORTS
-    kept = _kept_transports(file, work.state.plan) if file.is_file() else {}
-    for index, parent in enumerate(work.parents):
-        if index == work.target:
-            work.state.alignments.append(None)
+    kept = _kept_transports(file, state.plan) if file.is_file() else {}
+    for index, parent in enumerate(state.parents):
+        if index == state.target:
+            state.alignments.append(None)
             continue
         if index not in kept:
             kept[index] = align(parent.plan, own, parent.state, Coupling(), None, work.progress)
             _keep_transports(file, kept)
-        work.state.alignments.append(kept[index])
+        state.alignments.append(kept[index])
     work.seconds["read for alignment"] = work.read - read
     work.seconds["align"] = time.perf_counter() - start - work.seconds["read for alignment"]
 
@@ -279,7 +251,7 @@ def _solve(work: _Work) -> None:
 def _write_shards(work: _Work, shard_bytes: int) -> dict[str, list[str]]:
     """Write all shards that are not there yet; return the names in each."""
     start, read = time.perf_counter(), work.read
-    target = work.stored[work.target]
+    target = work.target
     groups: list[list[str]] = [[]]
     held = 0
     for name in target:
@@ -309,16 +281,17 @@ def _write_shards(work: _Work, shard_bytes: int) -> dict[str, list[str]]:
 
 def _fused(work: _Work, name: str) -> torch.Tensor:
     """Return one tensor of the result: the parents' average, or the target's where nothing is averaged."""
-    kept = work.state.capture.aliases.get(name, name)
-    if kept not in work.state.capture.parameters:
-        return work.stored[work.target][name]
+    state = work.state
+    kept = state.capture.aliases.get(name, name)
+    if kept not in state.capture.parameters:
+        return work.target[name]
     moved = []
-    for parent, alignment in zip(work.parents, work.state.alignments, strict=True):
+    for parent, alignment in zip(state.parents, state.alignments, strict=True):
         tensor = parent.state[kept]
         if alignment is not None:
             tensor = act(parent.plan.only({kept}), alignment.maps, {kept: tensor})[kept]
         moved.append({name: tensor})
-    return weighted_average(moved, work.shares, work.target)[name]
+    return weighted_average(moved, state.weights, state.target)[name]
 
 
 def _is_written(work: _Work, file: str) -> bool:
@@ -337,7 +310,7 @@ def _finish(work: _Work, shards: Mapping[str, list[str]], report: FusionReport) 
 
 
 def _furnish(work: _Work, shards: Mapping[str, list[str]], report: FusionReport) -> None:
-    target, directory = work.stored[work.target], work.result
+    target, directory = work.target, work.result
     if len(shards) > 1:
         table = {name: file for file, names in shards.items() for name in names}
         index = {"metadata": {"total_size": target.size}, "weight_map": dict(sorted(table.items()))}
@@ -358,7 +331,7 @@ def _resume(work: _Work, options: Mapping[str, Any]) -> None:
     """Go on in the directory of an interrupted run, if that was the same job, else begin anew."""
     job = json.dumps(
         {
-            "options": {**options, "shares": work.shares, "target": work.target},
+            "options": {**options, "shares": work.state.weights, "target": work.state.target},
             "versions": versions(),
             "files": [
                 [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in item.files]

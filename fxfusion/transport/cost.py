@@ -28,7 +28,7 @@ from fxfusion.transport.map import Maps, innermost, scope_dimensions, transport_
 
 State = Mapping[str, torch.Tensor]
 
-MEMORY = 2**30  # bytes of parameters at unit scale that are kept rather than computed anew
+MEMORY = 2**30  # bytes of parameters in float32 that are kept rather than read and widened anew
 
 
 def activation_cost(plan: Plan, space: Space, moments: Sequence[CrossMoments]) -> Ground:
@@ -299,7 +299,7 @@ class _Distances:
 
     def __init__(self, shape: Shape) -> None:
         self.products = torch.zeros(shape.cost, dtype=torch.float64)
-        self.target = torch.zeros(shape.cost[:3] + shape.cost[3:4], dtype=torch.float64)
+        self.target = torch.zeros(shape.cost[:4], dtype=torch.float64)
         self.source = torch.zeros(shape.cost[:3] + shape.cost[4:5], dtype=torch.float64)
 
     def add(
