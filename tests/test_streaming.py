@@ -352,6 +352,18 @@ def test_a_directory_with_something_else_stays(parents: list[Path], tmp_path: Pa
     assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
 
 
+def test_tied_names_with_other_values_are_refused(tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=23, n_positions=8, n_embd=16, n_layer=1, n_head=2)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        GPT2LMHeadModel(config).save_pretrained(tmp_path / str(seed))
+    weights = read_weights(tmp_path / "0")
+    weights["lm_head.weight"] = weights["transformer.wte.weight"] + 1
+    save_weights(weights, tmp_path / "0" / "model.safetensors")
+    with pytest.raises(CheckpointError, match="ties them to one tensor"):
+        fuse([tmp_path / "0", tmp_path / "1"], tmp_path / "out")
+
+
 def test_two_shards_with_one_name_are_refused(parents: list[Path], tmp_path: Path) -> None:
     path = damaged(parents, tmp_path)
     index = json.loads((path / "model.safetensors.index.json").read_text())
