@@ -6,6 +6,7 @@
 :func:`scramble`              a random symmetric twin: other weights, the same function
 :func:`fuse`                  align two or more parents and average them
 :func:`fuse_files`            the same from file to file, no parent in memory
+:func:`together`              several processes fuse as one, the same to the bit
 :func:`hollow`                a network whose parameters are reserved and never written
 :func:`align`                 only bring them into one basis, for averages of any weights
 :func:`barrier`               loss and accuracy along the line between two parents
@@ -27,6 +28,7 @@ from fxfusion.hollow import hollow
 from fxfusion.pipeline import AlignedParents, FusionResult, align, certify, fuse, plan, prepare, scramble
 from fxfusion.plan import Incidence, Limit, Plan, Role, Space, Symmetry
 from fxfusion.presets import reference
+from fxfusion.processes import together
 from fxfusion.report import FusionReport
 from fxfusion.specialise import specialise
 from fxfusion.streaming import fuse_files
@@ -91,5 +93,6 @@ __all__ = [
     "reference",
     "scramble",
     "specialise",
+    "together",
     "untied",
 ]

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fxfusion.explain import AxisExplanation, Part, Step
     from fxfusion.inputs import Calibration, Example
     from fxfusion.plan import Plan
+    from fxfusion.processes import Processes
     from fxfusion.references import ResolvedModel
 
 
@@ -364,7 +365,11 @@ def fuse(
     outputs: OutputsOption = None,
     seed: SeedOption = 0,
 ) -> None:
-    """Fuse models into one: writes OUT and an HTML report beside it, both or neither."""
+    """Fuse models into one: writes OUT and an HTML report beside it, both or neither.
+
+    Under torchrun its processes share the work, with the same result: torchrun --nproc-per-node 2
+    --no-python fxfusion fuse ...
+    """
     if len(models) < 2:
         raise TooFewModelsError(f"fusion needs at least two models, but only {models[0]} is given")
     if features is Features.activations and calibration is None:
@@ -376,13 +381,12 @@ def fuse(
 
         solver["observe"] = Observe.parse(observe)
     _check_target(target, len(models))
-    console = Console()
     if stream:
         chosen = (features, coupling, symmetry, repair, method, refine, calibration, flow, observe)
         _refuse_beside_stream(untie, chosen)
-        _fuse_files(console, models, output, given, shares, target, seed, outputs, int(shard_size * 1e9))
+        _fuse_files(models, output, given, shares, target, seed, outputs, int(shard_size * 1e9))
         return
-    with _progress(console) as progress:
+    with _processes() as (processes, console), _progress(console) as progress:
         import fxfusion
         from fxfusion import references
 
@@ -413,7 +417,7 @@ def fuse(
             },
             **_outputs_option(outputs),
         )
-    report = _write(resolved[target], result, output)
+        report = processes.once(lambda: _write(resolved[target], result, output))
     console.print(result.report.table())
     console.print(f"wrote {output} and {report}", highlight=False)
 
@@ -663,8 +667,16 @@ def _refuse_beside_stream(untie: bool, chosen: Sequence[object]) -> None:
         )
 
 
+@contextlib.contextmanager
+def _processes() -> Iterator[tuple[Processes, Console]]:
+    """Yield the processes that torchrun started, and where to write: the leading one writes alone."""
+    from fxfusion.processes import launched
+
+    with launched() as processes:
+        yield processes, Console(quiet=not processes.leads)
+
+
 def _fuse_files(
-    console: Console,
     models: Sequence[str],
     output: Path,
     given: list[str] | None,
@@ -679,7 +691,7 @@ def _fuse_files(
     from fxfusion.streaming import fuse_files
 
     _check_parent(output)
-    with _progress(console) as progress:
+    with _processes() as (_, console), _progress(console) as progress:
         found = [references.resolve_hollow(model) for model in models]
         for resolved, _ in found:
             if resolved.reads(output):

@@ -39,6 +39,7 @@ from fxfusion.passes.refine import Refine
 from fxfusion.passes.repair import Repair
 from fxfusion.passes.restore import Restore
 from fxfusion.plan import Plan
+from fxfusion.processes import current
 from fxfusion.progress import Progress
 from fxfusion.report import FusionReport
 from fxfusion.reporting import fusion_report, widths_told
@@ -948,8 +949,11 @@ def certify_all(
     ------
     CertificationError
     """
-    found = []
-    for index, (model, parent) in enumerate(zip(models, state.parents, strict=True)):
+    done = 0
+
+    def certified(index: int) -> Certificate:
+        nonlocal done
+        parent = state.parents[index]
         certificate = certify_plan(
             parent.capture,
             parent.plan.source,
@@ -960,10 +964,12 @@ def certify_all(
             diagnose=diagnose,
         )
         if not certificate.ok:
-            raise CertificationError(_not_certified(model, index, certificate))
-        found.append(certificate)
-        progress("certify", index + 1, len(models))
-    return found
+            raise CertificationError(_not_certified(models[index], index, certificate))
+        done += 1
+        progress("certify", done, len(models))
+        return certificate
+
+    return current().share(certified, range(len(models)))
 
 
 def _not_certified(model: Model, index: int, certificate: Certificate) -> str:

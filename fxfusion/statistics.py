@@ -8,9 +8,12 @@ they are stable whatever the means are, and moments of disjoint data add up.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import getitem
 from typing import Any
 
@@ -23,6 +26,7 @@ from fxfusion.execution import Program, State, by_capture, run_together
 from fxfusion.layout import ActivationBlock
 from fxfusion.pairing import Parent
 from fxfusion.plan import Plan
+from fxfusion.processes import Processes, current
 from fxfusion.progress import Progress, silent
 from fxfusion.rules.registry import operator_name
 from fxfusion.transport.hierarchy import Shape
@@ -76,6 +80,15 @@ class CrossMoments:
         if batch.own is not None:
             batch.own = torch.matmul(target, target.mT).double()
         self.add(batch)
+
+    def sent(self, processes: Processes, last: int) -> Iterator[CrossMoments]:
+        """Yield the moments that the first ``last`` processes have, in the order of ranks."""
+        facts = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        count = torch.tensor(self.count)
+        for found, *tensors in processes.turns([count, *facts.values()], last):
+            moments = copy.copy(self)
+            vars(moments).update(zip(facts, tensors, strict=True), count=int(found))
+            yield moments
 
     def add(self, other: CrossMoments) -> None:
         """Add the moments of disjoint samples."""
@@ -253,9 +266,9 @@ def collect(
     shapes = [
         {space.name: Shape.of(parent.plan, space) for space in parent.plan.spaces} for parent in parents
     ]
-    moments: list[dict[str, list[CrossMoments]]] = []
-    for index in range(len(parents)):
-        moments.append(
+
+    def unseen() -> list[dict[str, list[CrossMoments]]]:
+        return [
             {
                 name: [
                     CrossMoments(
@@ -267,7 +280,10 @@ def collect(
                 for shape in [shapes[index][name]]
                 if index != target
             }
-        )
+            for index in range(len(parents))
+        ]
+
+    moments = drawn = unseen()
     at_node: dict[str, list[tuple[str, int, Observation]]] = {}
     for name, where in places.items():
         for number, observation in enumerate(where):
@@ -288,7 +304,7 @@ def collect(
                     place = observation.of(plan, parents[index].plan.source)
                     units = shape.source_outer * shape.source_size
                     sample = _samples(found[index], place, shape.fixed, units, chosen)
-                    moments[index][name][number].update(own, sample)
+                    drawn[index][name][number].update(own, sample)
 
     programs = [
         (Program(parents[group[0]].capture), [parents[index].state for index in group]) for group in alike
@@ -296,10 +312,21 @@ def collect(
     own_program = next(
         program for (program, _), group in zip(programs, alike, strict=True) if target in group
     )
-    for done, (args, kwargs) in enumerate(batches, start=1):
+
+    def run(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         if chosen.confident < 1.0:
             args, kwargs = _confident(own_program, parents[target].state, args, kwargs, chosen.confident)
         run_together([program.steps(states, args, kwargs) for program, states in programs], observe)
+
+    processes, remaining, done = current(), iter(batches), 0
+    while turn := list(itertools.islice(remaining, processes.count)):
+        if processes.count > 1:
+            drawn = unseen()
+        own_part = turn[processes.rank : processes.rank + 1]
+        processes.each(functools.partial(list, itertools.starmap(run, own_part)))
+        if processes.count > 1:
+            _add_up(moments, drawn, processes, len(turn))
+        done += len(turn)
         progress("calibrate", done, total)
     for name, streamed in next((item for item in moments if item), {}).items():
         if any(item.count < LEAST_SAMPLES for item in streamed):
@@ -307,6 +334,20 @@ def collect(
                 f"the calibration data show space {name} fewer than {LEAST_SAMPLES} samples: give more"
             )
     return moments
+
+
+def _add_up(
+    moments: list[dict[str, list[CrossMoments]]],
+    drawn: list[dict[str, list[CrossMoments]]],
+    processes: Processes,
+    last: int,
+) -> None:
+    """Add what the first processes have drawn from a batch each, in the order of batches."""
+    for whole, part in zip(moments, drawn, strict=True):
+        for name, items in whole.items():
+            for item, fresh in zip(items, part[name], strict=True):
+                for other in fresh.sent(processes, last):
+                    item.add(other)
 
 
 def _confident(

@@ -9,6 +9,7 @@ every finished shard with the hash of its content.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import shutil
@@ -37,6 +38,7 @@ from fxfusion.methods import Method
 from fxfusion.pairing import Parent, pair
 from fxfusion.pipeline import certify_all, planned
 from fxfusion.plan import Plan
+from fxfusion.processes import current
 from fxfusion.progress import Progress, silent
 from fxfusion.report import FusionReport
 from fxfusion.reporting import fusion_report, model_card, versions
@@ -152,13 +154,13 @@ def fuse_files(
         check_fits(model, item.shells(), item, str(item.path))
     state = _bound(models, stored, target, args, kwargs, outputs)
     state.weights, state.method = shares, Method("permutation")
-    out = out.absolute()
+    processes, out = current(), out.absolute()
     work = _Work(stored, state, out.parent / f".{out.name}.partial", out, {}, progress)
     work.seconds["plan"] = time.perf_counter() - start
-    _resume(work, {"seed": seed, "outputs": outputs, "shard_bytes": shard_bytes})
+    processes.once(lambda: _resume(work, {"seed": seed, "outputs": outputs, "shard_bytes": shard_bytes}))
     _certify(work, models, seed)
     _solve(work)
-    shards = _write_shards(work, shard_bytes)
+    shards = _write_shards(work, shard_bytes)  # by several processes, if there are
     options = {
         "features": "weights",
         "coupling": "hard",
@@ -167,7 +169,7 @@ def fuse_files(
         "seed": str(seed),
     }
     report = fusion_report(state, models, options, state.certificates, work.seconds)
-    _finish(work, shards, report)
+    processes.once(lambda: _finish(work, shards, report))
     return report
 
 
@@ -235,14 +237,15 @@ def _solve(work: _Work) -> None:
     state = work.state
     own = state.parents[state.target].state
     file = work.directory / _TRANSPORTS
-    kept = _kept_transports(file, state.plan) if file.is_file() else {}
+    processes = current()
+    kept = _kept_transports(file, state.plan) if processes.once(file.is_file) else {}
     for index, parent in enumerate(state.parents):
         if index == state.target:
             state.alignments.append(None)
             continue
         if index not in kept:
             kept[index] = align(parent.plan, own, parent.state, Coupling(), None, work.progress)
-            _keep_transports(file, kept)
+            processes.once(functools.partial(_keep_transports, file, kept))
         state.alignments.append(kept[index])
     work.seconds["read for alignment"] = work.read - read
     work.seconds["align"] = time.perf_counter() - start - work.seconds["read for alignment"]
@@ -266,13 +269,16 @@ def _write_shards(work: _Work, shard_bytes: int) -> dict[str, list[str]]:
         WEIGHTS_NAME if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
         for index in range(count)
     ]
-    for index, (file, names) in enumerate(zip(files, groups, strict=True)):
+
+    def write(index: int) -> None:
         work.progress("write shards", index, count)
-        if not _is_written(work, file):
-            path = work.result / file
+        path = work.result / files[index]
+        if not _is_written(work, files[index]):
             with replacing(path) as temporary:
-                write_safetensors({name: _fused(work, name) for name in names}, temporary)
-            write_text(work.directory / (file + _HASH_SUFFIX), _hash(path))
+                write_safetensors({name: _fused(work, name) for name in groups[index]}, temporary)
+            write_text(work.directory / (files[index] + _HASH_SUFFIX), _hash(path))
+
+    current().share(write, range(count), [len(names) for names in groups])
     work.progress("write shards", count, count)
     work.seconds["read for writing"] = work.read - read
     work.seconds["write"] = time.perf_counter() - start - work.seconds["read for writing"]

@@ -414,8 +414,13 @@ def costs_of(
         weight = torch.ones(shape.cost[:3], dtype=torch.float64)
         if parent is not None:
             weight = parent.repeat_interleave(shape.fixed // parent.shape[0], 0)
-        weights = weight[..., None, None] * _rows(solved[space.name], shape.source_size)
-        ground = costs[space.name]
+        ground, solution = costs[space.name], solved[space.name]
+        has_children = any(item.scope[-1:] == (space.name,) for item in tree.members)
+        if solution.index is not None and not has_children:  # a table of all pairs may be large
+            paid = ground.matrix.gather(-1, solution.index.unsqueeze(-1)).squeeze(-1).sum(-1)
+            own[space.name] = float((weight * (paid + ground.offset)).sum())
+            continue
+        weights = weight[..., None, None] * _rows(solution, shape.source_size)
         own[space.name] = float((weights * ground.matrix).sum() + (weight * ground.offset).sum())
         wide = shape.outer * shape.size, shape.source_outer * shape.source_size
         matched[space.name] = weights.permute(0, 1, 3, 2, 4).reshape(shape.fixed, *wide)

@@ -4,15 +4,18 @@ The cost of a space is the sum over all its writers and readers and, with calibr
 where it is observed, in common units (one minus a similarity). Weights can be compared only along axes that
 are already aligned. So spaces are first solved from activations or, without, in an order in which each can
 be compared through axes that are fixed or solved before; then block-coordinate sweeps solve one tree of
-spaces at a time given all others, and keep what costs less, until none improves.
+spaces at a time given all others, and keep what costs less, until none improves. Trees that share no
+parameter are shared out among processes, if there are several.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
 from fxfusion.plan import Plan, Symmetry
+from fxfusion.processes import current
 from fxfusion.progress import Progress, silent
 from fxfusion.statistics import CrossMoments
 from fxfusion.transport.cost import State, WeightCost, activation_cost
@@ -106,24 +109,49 @@ def _align(
 ) -> _Solver:
     """Solve the transports of all spaces, from solutions found before if there are any."""
     solver = _Solver(plan, coupling, WeightCost(plan, target, source), moments or {})
-    pending = trees(plan)
-    order: list[Tree] = []
-    while pending:
-        tree = max(pending, key=solver.readiness)
-        pending.remove(tree)
-        order.append(tree)
-        solver.start(tree, begun)
-        progress("match", len(order), len(order) + len(pending))
-    stale = {tree.root.name for tree in order} - solver.settled
+    generations, done, processes = solver.generations(), 0, current()
+    for trees_now in generations:
+        started = processes.share(
+            functools.partial(solver.started, begun=begun), trees_now, _sizes(plan, trees_now)
+        )
+        for tree, found in zip(trees_now, started, strict=True):
+            solver.take(tree, found)
+        done += len(trees_now)
+        progress("match", done, len(solver.neighbours))
+    stale = set(solver.neighbours) - solver.settled
     while stale and solver.alignment.sweeps < MAXIMAL_SWEEPS:
-        for tree in order:
-            if tree.root.name in stale:
+        for trees_now in generations:
+            due = [tree for tree in trees_now if tree.root.name in stale]
+            improved = processes.share(solver.improved, due, _sizes(plan, due))
+            for tree, found in zip(due, improved, strict=True):
                 stale.remove(tree.root.name)
-                if solver.improve(tree):
+                if solver.take(tree, found):
                     stale |= solver.neighbours[tree.root.name]
         solver.alignment.sweeps += 1
         progress("refine", solver.alignment.sweeps, MAXIMAL_SWEEPS)
     return solver
+
+
+def _sizes(plan: Plan, some: Sequence[Tree]) -> list[float]:
+    """Return how long trees take to solve, in some unit: an assignment takes the cube of its units."""
+    return [sum(float(Shape.of(plan, space).units) ** 3 for space in tree.members) for tree in some]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Found:
+    """What solving a tree of spaces gave.
+
+    Attributes
+    ----------
+    solutions : dict of str to Solution, or None
+        None where nothing was gained over those before.
+    before, after : dict of str to float
+        Costs per space, as of :class:`Alignment`; empty where they are not known in full.
+    """
+
+    solutions: Mapping[str, Solution] | None
+    before: Mapping[str, float]
+    after: Mapping[str, float]
 
 
 class _Solver:
@@ -155,32 +183,51 @@ class _Solver:
         self.solutions: dict[str, Solution] = {}
         self.settled: set[str] = set()  # trees whose first solution took everything into account
 
-    def readiness(self, tree: Tree) -> tuple[bool, int]:
-        """Return how well a tree can be compared now: activations first, then the most anchored."""
-        return tree.root.name in self.observed, self.weights.anchored(tree, frozenset(self.alignment.maps))
+    def generations(self) -> list[list[Tree]]:
+        """Return the trees in the order of solving; those of one generation share no parameter.
 
-    def start(self, tree: Tree, begun: Mapping[str, Solution] | None = None) -> None:
+        Next comes what can be compared best given what came before: by activations, then the most anchored.
+        A tree's costs depend on its neighbours alone, so that a generation can be solved in any order, or at
+        once, with the same result as one tree after the other.
+        """
+        pending, solved = trees(self.plan), frozenset[str]()
+        born: dict[str, int] = {}
+        generations: list[list[Tree]] = []
+
+        def readiness(tree: Tree) -> tuple[bool, int]:
+            return tree.root.name in self.observed, self.weights.anchored(tree, solved)
+
+        while pending:
+            tree = max(pending, key=readiness)
+            pending.remove(tree)
+            solved |= tree.names
+            before = [born[name] for name in self.neighbours[tree.root.name] if name in born]
+            born[tree.root.name] = generation = max(before, default=-1) + 1
+            if generation == len(generations):
+                generations.append([])
+            generations[generation].append(tree)
+        return generations
+
+    def started(self, tree: Tree, begun: Mapping[str, Solution] | None = None) -> _Found:
         """Solve a tree for the first time, from what needs no unsolved space.
 
-        If that is all there is, the next sweep would find the same costs: the tree is settled.
+        If that is all there is, the next sweep would find the same costs: they are known in full.
         """
         if begun is not None:
-            self._accept(tree, {space.name: begun[space.name] for space in tree.members})
-            return
-        name, found = tree.root.name, self.alignment
+            return _Found({space.name: begun[space.name] for space in tree.members}, {}, {})
+        name, maps = tree.root.name, self.alignment.maps
         costs = self.observed.get(name)
-        complete = costs is None and self.weights.complete(tree, frozenset(found.maps))
+        complete = costs is None and self.weights.complete(tree, frozenset(maps))
         if costs is None:
-            costs = self.weights.costs(tree, found.maps, self.solutions, partial=True)
+            costs = self.weights.costs(tree, maps, self.solutions, partial=True)
         solved = solve_tree(self.plan, tree, costs, self.coupling.of(name))
-        self._accept(tree, solved)
-        if complete:
-            self.settled.add(name)
-            found.before.update(costs_of(self.plan, tree, costs, identity(self.plan, tree)))
-            found.after.update(costs_of(self.plan, tree, costs, solved))
+        if not complete:
+            return _Found(solved, {}, {})
+        before = costs_of(self.plan, tree, costs, identity(self.plan, tree))
+        return _Found(solved, before, costs_of(self.plan, tree, costs, solved))
 
-    def improve(self, tree: Tree) -> bool:
-        """Solve a tree anew given all other transports; keep the result if it costs less."""
+    def improved(self, tree: Tree) -> _Found:
+        """Solve a tree anew given all other transports; there are solutions if they cost less."""
         costs = self.weights.costs(tree, self.alignment.maps, self.solutions)
         for name, observed in self.observed.get(tree.root.name, {}).items():
             costs[name] += observed
@@ -191,15 +238,20 @@ class _Solver:
             solved = solve_tree(self.plan, tree, costs, self.coupling.of(tree.root.name))
             new = costs_of(self.plan, tree, costs, solved)
             improved = new[tree.root.name] < old[tree.root.name] - least
-        if improved:
-            self._accept(tree, solved)
-        self.alignment.before.update(costs_of(self.plan, tree, costs, identity(self.plan, tree)))
-        self.alignment.after.update(new if improved else old)
-        return improved
+        before = costs_of(self.plan, tree, costs, identity(self.plan, tree))
+        return _Found(solved, before, new) if improved else _Found(None, before, old)
 
-    def _accept(self, tree: Tree, solved: Mapping[str, Solution]) -> None:
-        self.solutions.update(solved)
-        self.alignment.maps.update(to_maps(self.plan, tree, solved))
+    def take(self, tree: Tree, found: _Found) -> bool:
+        """Enter what was found; return whether transports changed."""
+        self.alignment.before.update(found.before)
+        self.alignment.after.update(found.after)
+        if found.before:
+            self.settled.add(tree.root.name)
+        if found.solutions is None:
+            return False
+        self.solutions.update(found.solutions)
+        self.alignment.maps.update(to_maps(self.plan, tree, found.solutions))
+        return True
 
 
 def _is_seen(tree: Tree, moments: Mapping[str, Sequence[CrossMoments]]) -> bool:
