@@ -36,6 +36,16 @@ def test_a_wrong_rule_is_found(capsys: pytest.CaptureFixture[str]) -> None:
     assert "the right rule passes" in printed
 
 
+def test_solvers_are_compared(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["solvers.py", "--units", "24"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(EXAMPLES / "solvers.py"), run_name="__main__")
+    assert ended.value.code == 0
+    rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if "assignment, ours" in line]
+    assert len(rows) == 3
+    assert all(row[5].split()[0] == "0" for row in rows)  # as good as SciPy's
+
+
 def test_a_fused_network_is_fine_tuned(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

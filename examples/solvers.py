@@ -1,0 +1,102 @@
+"""Solvers side by side: ours, SciPy's and POT's, on the same costs, in one run.
+
+    python examples/solvers.py [--units 768,4096] [--repeats 1] [--largest-emd 1536]
+
+Costs are squared distances of random features: *alike* if all units have the same length on average, *uneven*
+if their lengths differ by factors, as in trained networks, *twin* if the second set is the first one shuffled,
+with noise. Seconds are of one thread, the best of the repeats. Soft couplings are solved for one softness, to
+the precision that each solver has by default; some of their cost above the best is what is wanted of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Annotated
+
+import numpy as np
+import ot
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from scipy.optimize import linear_sum_assignment
+
+from fxfusion.transport.assignment import assign
+from fxfusion.transport.sinkhorn import sinkhorn
+
+FEATURES = 256
+SOFTNESS = 0.05
+
+
+def costs(kind: str, units: int) -> torch.Tensor:
+    """Return a ground cost ``[units, units]`` with mean one."""
+    draw = torch.Generator().manual_seed(0)
+    left = torch.randn(units, FEATURES, generator=draw, dtype=torch.float64)
+    right = torch.randn(units, FEATURES, generator=draw, dtype=torch.float64)
+    if kind == "uneven":
+        left *= torch.randn(units, 1, generator=draw, dtype=torch.float64).exp()
+        right *= torch.randn(units, 1, generator=draw, dtype=torch.float64).exp()
+    elif kind == "twin":
+        right = left[torch.randperm(units, generator=draw)] + 0.5 * right
+    found = torch.cdist(left, right).square()
+    return found / found.mean()
+
+
+def timed(solve: Callable[[], float], repeats: int) -> tuple[float, float]:
+    """Return the least seconds of several runs, and the cost."""
+    seconds, value = [], 0.0
+    for _ in range(repeats):
+        start = time.perf_counter()
+        value = solve()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds), value
+
+
+def main(
+    units: Annotated[str, typer.Option(help="Numbers of units, separated by commas.")] = "256,768",
+    repeats: Annotated[int, typer.Option(min=1)] = 1,
+    largest_emd: Annotated[int, typer.Option(help="POT's emd up to so many units: it takes long.")] = 4096,
+) -> None:
+    """Make the table."""
+    torch.set_num_threads(1)
+    table = Table(title="solvers, on one thread")
+    for heading in ("units", "costs", "solver", "seconds", "cost above the best"):
+        table.add_column(heading, justify="left" if heading in ("costs", "solver") else "right")
+    for count in map(int, units.split(",")):
+        for kind in ("alike", "uneven", "twin"):
+            matrix = costs(kind, count)
+            uniform = np.full(count, 1.0 / count)
+
+            def assigned(matrix: torch.Tensor = matrix) -> float:
+                return float(assign(matrix[None])[1]) / len(matrix)
+
+            def scipy(matrix: torch.Tensor = matrix) -> float:
+                rows, columns = linear_sum_assignment(matrix.numpy())
+                return float(matrix[rows, columns].mean())
+
+            def emd(matrix: torch.Tensor = matrix, uniform: np.ndarray = uniform) -> float:
+                return float(ot.emd2(uniform, uniform, matrix.numpy(), numItermax=10_000_000))
+
+            def soft(matrix: torch.Tensor = matrix) -> float:
+                plan, _ = sinkhorn(matrix[None], SOFTNESS, absolute=True)
+                return float((plan[0] * matrix).sum())
+
+            def soft_by_pot(matrix: torch.Tensor = matrix, uniform: np.ndarray = uniform) -> float:
+                plan = ot.sinkhorn(uniform, uniform, matrix.numpy(), SOFTNESS, method="sinkhorn_log")
+                return float((plan * matrix.numpy()).sum())
+
+            solvers = {"assignment, ours": assigned, "assignment, SciPy": scipy}
+            if count <= largest_emd:
+                solvers["emd, POT"] = emd
+            solvers |= {"Sinkhorn, ours": soft, "Sinkhorn, POT": soft_by_pot}
+            found = {name: timed(solve, repeats) for name, solve in solvers.items()}
+            best = found["assignment, SciPy"][1]
+            for name, (seconds, value) in found.items():
+                gap = max((value - best) / best, 0.0)
+                table.add_row(str(count), kind, name, f"{seconds:.3f}", f"{100 * gap:.2g} %")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
