@@ -2,10 +2,10 @@
 
     python examples/solvers.py [--units 768,4096] [--repeats 1] [--largest-emd 1536]
 
-Costs are squared distances of random features: *alike* if all units have the same length on average, *uneven*
-if their lengths differ by factors, as in trained networks, *twin* if the second set is the first one shuffled,
-with noise. Seconds are of one thread, the best of the repeats. Soft couplings are solved for one softness, to
-the precision that each solver has by default; some of their cost above the best is what is wanted of them.
+Costs are squared distances of random features: *alike* if all units have the same length on average,
+*uneven* if their lengths differ by factors, as in trained networks, *twin* if the second set is the first one
+shuffled, with noise. Seconds are of one thread, the best of the repeats. Soft couplings are solved for one
+softness, to the precision that each solver has by default; some of their cost above the best is wanted.
 """
 
 from __future__ import annotations

@@ -22,13 +22,14 @@ from rich.tree import Tree
 from typer.core import TyperGroup
 
 from fxfusion.atomic import write_text
-from fxfusion.errors import CalibrationRequiredError, FusionError, OptionError, TooFewModelsError
+from fxfusion.errors import FusionError, OptionError
 
 if TYPE_CHECKING:
     from fxfusion.explain import AxisExplanation, Part, Step
     from fxfusion.inputs import Calibration, Example
     from fxfusion.plan import Plan
     from fxfusion.processes import Processes
+    from fxfusion.recipes import Recipe
     from fxfusion.references import ResolvedModel
 
 
@@ -140,6 +141,9 @@ UntieOption = Annotated[
 ]
 GroupOption = Annotated[
     Group, typer.Option("--symmetry", help="Permutations, or the largest group of every space.")
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would be done, and what it takes; reads no weights.")
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Same inputs and seed, same result.")]
 
@@ -364,62 +368,56 @@ def fuse(
     given: InputOption = None,
     outputs: OutputsOption = None,
     seed: SeedOption = 0,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Fuse models into one: writes OUT and an HTML report beside it, both or neither.
 
     Under torchrun its processes share the work, with the same result: torchrun --nproc-per-node 2
     --no-python fxfusion fuse ...
     """
-    if len(models) < 2:
-        raise TooFewModelsError(f"fusion needs at least two models, but only {models[0]} is given")
-    if features is Features.activations and calibration is None:
-        raise CalibrationRequiredError("--features activations compares activations: give --calibration FILE")
-    shares = _parse_shares(weights, len(models))
-    solver = _parse_flow(flow, features, coupling, calibration)
-    if observe is not None:
-        from fxfusion.transport.options import Observe
+    from fxfusion.recipes import Recipe
 
-        solver["observe"] = Observe.parse(observe)
-    _check_target(target, len(models))
-    if stream:
-        chosen = (features, coupling, symmetry, repair, method, refine, calibration, flow, observe)
-        _refuse_beside_stream(untie, chosen)
-        _fuse_files(models, output, given, shares, target, seed, outputs, int(shard_size * 1e9))
-        return
-    with _processes() as (processes, console), _progress(console) as progress:
-        import fxfusion
-        from fxfusion import references
+    given_options: dict[str, Any] = {
+        name: option.value
+        for name, option in {
+            "features": features,
+            "coupling": coupling,
+            "symmetry": symmetry,
+            "repair": repair,
+            "method": method,
+        }.items()
+        if option is not None
+    }
+    recipe = Recipe(
+        tuple(models),
+        output,
+        **given_options,
+        refine=refine,
+        untie=untie,
+        calibration=calibration,
+        batch_size=batch_size,
+        weights=_parse_shares(weights),
+        flow=flow,
+        observe=observe,
+        target=target,
+        stream=stream,
+        shard_size=shard_size,
+        inputs=tuple(given or ()),
+        outputs=_names(outputs),
+        seed=seed,
+    )
+    _carry_out(recipe, dry_run)
 
-        resolved = []
-        for index, model in enumerate(models):
-            progress("loading models", index, len(models))
-            resolved.append(references.resolve(model))
-        progress("loading models", len(models), len(models))
-        resolved = _untied(resolved, untie)
-        _check_output(output, resolved, resolved[target])
-        batches = _calibration(calibration, resolved[target], batch_size)
-        example = _example(resolved[target], given, batches)
-        result = fxfusion.fuse(
-            [parent.model for parent in resolved],
-            example.args,
-            example.kwargs,
-            calibration=batches,
-            weights=shares,
-            target=target,
-            seed=seed,
-            progress=progress,
-            **{
-                **({} if refine is None else {"refine": refine}),
-                **_chosen(
-                    features=features, coupling=coupling, symmetry=symmetry, repair=repair, method=method
-                ),
-                **solver,
-            },
-            **_outputs_option(outputs),
-        )
-        report = processes.once(lambda: _write(resolved[target], result, output))
-    console.print(result.report.table())
-    console.print(f"wrote {output} and {report}", highlight=False)
+
+@app.command(epilog="Example: fxfusion run merge.toml --dry-run")
+def run(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML file, see the README.")],
+    dry_run: DryRunOption = False,
+) -> None:
+    """Fuse models as a recipe says: the options of fuse, and couplings by space, in a file."""
+    from fxfusion.recipes import Recipe
+
+    _carry_out(Recipe.read(recipe), dry_run)
 
 
 @app.command(
@@ -594,7 +592,11 @@ def _plan(
 
 
 def _outputs_option(text: str | None) -> dict[str, Any]:
-    return {} if text is None else {"outputs": [name.strip() for name in text.split(",")]}
+    return {} if text is None else {"outputs": list(_names(text) or ())}
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(name.strip() for name in text.split(","))
 
 
 def _untied(resolved: list[ResolvedModel], wanted: bool) -> list[ResolvedModel]:
@@ -606,43 +608,13 @@ def _untied(resolved: list[ResolvedModel], wanted: bool) -> list[ResolvedModel]:
     return [dataclasses.replace(item, model=fxfusion.untied(item.model)) for item in resolved]
 
 
-def _chosen(**options: enum.StrEnum | None) -> dict[str, Any]:
-    """The options that were given: what is left out takes the library's own default."""
-    return {name: option.value for name, option in options.items() if option is not None}
-
-
-def _parse_flow(
-    text: str | None, features: Features | None, coupling: Coupling | None, calibration: Path | None
-) -> dict[str, Any]:
-    """Return the arguments of ``fuse`` that a flow option stands for; what else is given comes first."""
-    from fxfusion.presets import reference
-    from fxfusion.transport.options import Flow
-
-    if text is None:
-        return {}
-    if text != "reference":
-        return {"flow": Flow.parse(text)}
-    compared = features.value if features else "weights" if calibration is None else "activations"
-    return reference(compared, coupling.value if coupling else "soft")
-
-
-def _parse_shares(text: str | None, count: int) -> list[float] | None:
+def _parse_shares(text: str | None) -> tuple[float, ...] | None:
     if text is None:
         return None
     try:
-        shares = [float(part) for part in text.split(",")]
+        return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise OptionError(f"--weights {text} is not a list of numbers: write --weights 0.5,0.5") from None
-    if len(shares) != count:
-        raise OptionError(f"--weights gives {len(shares)} numbers for {count} models")
-    return shares
-
-
-def _check_target(target: int, count: int) -> None:
-    if not -count <= target < count:
-        raise OptionError(
-            f"--target {target} names none of the {count} models: choose -{count} to {count - 1}"
-        )
 
 
 def _check_output(output: Path, resolved: Sequence[ResolvedModel], target: ResolvedModel) -> None:
@@ -659,14 +631,6 @@ def _check_parent(path: Path) -> None:
         raise OptionError(f"cannot write {path}: there is no directory {path.absolute().parent}")
 
 
-def _refuse_beside_stream(untie: bool, chosen: Sequence[object]) -> None:
-    if untie or any(item is not None for item in chosen):
-        raise OptionError(
-            "--stream compares weights, hard, by permutations: leave out features, coupling, symmetry, "
-            "repair, method, refine, untie, calibration, flow and observe"
-        )
-
-
 @contextlib.contextmanager
 def _processes() -> Iterator[tuple[Processes, Console]]:
     """Yield the processes that torchrun started, and where to write: the leading one writes alone."""
@@ -676,42 +640,87 @@ def _processes() -> Iterator[tuple[Processes, Console]]:
         yield processes, Console(quiet=not processes.leads)
 
 
-def _fuse_files(
-    models: Sequence[str],
-    output: Path,
-    given: list[str] | None,
-    shares: Sequence[float] | None,
-    target: int,
-    seed: int,
-    outputs: str | None,
-    shard_bytes: int,
-) -> None:
+def _carry_out(recipe: Recipe, dry_run: bool) -> None:
+    """Fuse as a recipe says, or say what that takes."""
+    if dry_run:
+        _foretell(recipe)
+    elif recipe.stream:
+        _fuse_files(recipe)
+    else:
+        _fuse_loaded(recipe)
+
+
+def _foretell(recipe: Recipe) -> None:
+    """Print the plan of the target, and what a fusion takes."""
+    console = Console()
+    with _status(console, "planning"):
+        from fxfusion.estimate import estimate
+
+        found, foretold = estimate(recipe)
+    _print_plan(console, recipe.models[recipe.target], found)
+    console.print(foretold.table())
+    console.print("nothing was read or written", highlight=False)
+
+
+def _fuse_loaded(recipe: Recipe) -> None:
+    """Fuse models in memory."""
+    with _processes() as (processes, console), _progress(console) as progress:
+        import fxfusion
+        from fxfusion import references
+
+        resolved = []
+        for index, model in enumerate(recipe.models):
+            progress("loading models", index, len(recipe.models))
+            resolved.append(references.resolve(model))
+        progress("loading models", len(resolved), len(resolved))
+        resolved = _untied(resolved, recipe.untie)
+        target = resolved[recipe.target]
+        _check_output(recipe.output, resolved, target)
+        batches = _calibration(recipe.calibration, target, recipe.batch_size)
+        example = _example(target, recipe.inputs, batches)
+        result = fxfusion.fuse(
+            [parent.model for parent in resolved],
+            example.args,
+            example.kwargs,
+            calibration=batches,
+            weights=recipe.shares,
+            target=recipe.target,
+            seed=recipe.seed,
+            progress=progress,
+            **recipe.options(),
+        )
+        report = processes.once(lambda: _write(target, result, recipe.output))
+    console.print(result.report.table())
+    console.print(f"wrote {recipe.output} and {report}", highlight=False)
+
+
+def _fuse_files(recipe: Recipe) -> None:
     """Fuse from file to file."""
     from fxfusion import references
     from fxfusion.streaming import fuse_files
 
-    _check_parent(output)
+    _check_parent(recipe.output)
     with _processes() as (_, console), _progress(console) as progress:
-        found = [references.resolve_hollow(model) for model in models]
+        found = [references.resolve_hollow(model) for model in recipe.models]
         for resolved, _ in found:
-            if resolved.reads(output):
-                raise OptionError(f"--output {output} is a parent: name another output")
-        example = _example(found[target][0], given, None)
+            if resolved.reads(recipe.output):
+                raise OptionError(f"--output {recipe.output} is a parent: name another output")
+        example = _example(found[recipe.target][0], recipe.inputs, None)
         report = fuse_files(
             [path for _, path in found],
-            output,
+            recipe.output,
             [references.module_of(resolved) for resolved, _ in found],
             example.args,
             example.kwargs,
-            weights=shares,
-            target=target,
-            seed=seed,
-            shard_bytes=shard_bytes,
+            weights=recipe.shares,
+            target=recipe.target,
+            seed=recipe.seed,
+            outputs=recipe.outputs,
+            shard_bytes=int(recipe.shard_size * 1e9),
             progress=progress,
-            **_outputs_option(outputs),
         )
     console.print(report.table())
-    console.print(f"wrote {output}", highlight=False)
+    console.print(f"wrote {recipe.output}", highlight=False)
 
 
 def _write(target: ResolvedModel, result: Any, output: Path) -> Path:

@@ -52,6 +52,10 @@ class OptionError(FusionError):
     """An option has a value that is not one of its choices, or options contradict each other."""
 
 
+class RecipeError(FusionError):
+    """A recipe cannot be read, or holds a setting that there is not, or one of the wrong type."""
+
+
 class CalibrationRequiredError(FusionError):
     """``features="activations"`` was asked for without calibration data."""
 
