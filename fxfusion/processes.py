@@ -74,17 +74,17 @@ class Processes:
         results = {index: result for part in found.values() for index, result in part.items()}
         return [results[index] for index in range(len(items))]
 
-    def turns(self, tensors: Sequence[torch.Tensor], last: int | None = None) -> Iterator[list[torch.Tensor]]:
+    def turns(self, tensors: Sequence[torch.Tensor], last: int) -> Iterator[list[torch.Tensor]]:
         """Yield every process's tensors in the order of ranks.
 
         Parameters
         ----------
         tensors : sequence of torch.Tensor
             As many, of the same shapes and types, in every process.
-        last : int, optional
+        last : int
             How many processes, from the first, have any.
         """
-        for rank in range(self.count if last is None else last):
+        for rank in range(last):
             theirs = [tensor if rank == self.rank else torch.empty_like(tensor) for tensor in tensors]
             if self.group is not None:
                 source = distributed.get_global_rank(self.group, rank)

@@ -160,7 +160,7 @@ def fuse_files(
     processes.once(lambda: _resume(work, {"seed": seed, "outputs": outputs, "shard_bytes": shard_bytes}))
     _certify(work, models, seed)
     _solve(work)
-    shards = _write_shards(work, shard_bytes)  # by several processes, if there are
+    shards = _write_shards(work, shard_bytes)
     options = {
         "features": "weights",
         "coupling": "hard",

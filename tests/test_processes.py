@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from fxfusion.checkpoints import read_weights, save_weights
 from fxfusion.processes import Processes, current, handed_out, together
+from tests import zoo
 
 NETWORK = """
 from torch import nn
@@ -54,22 +54,8 @@ def run(folder: Path, count: int, *arguments: str) -> str:
     return done.stdout
 
 
-def llama(folder: Path, seed: int) -> Path:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=5000,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / f"llama-{seed}")
-    return folder / f"llama-{seed}"
-
-
 def test_from_file_to_file(tmp_path: Path) -> None:
-    paths = [llama(tmp_path, seed) for seed in (0, 1)]
+    paths = [zoo.saved_llama(tmp_path, seed, vocabulary=5000, width=64, layers=2) for seed in (0, 1)]
     for count in (1, 2):
         options = ["--stream", "--shard-size", "0.001", "--input", "input_ids=2x6:int64"]
         models = [f"hf:{path}" for path in paths]

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 import fxfusion
@@ -30,6 +30,7 @@ from fxfusion.errors import (
 from fxfusion.estimate import comparisons, estimate
 from fxfusion.recipes import Recipe
 from fxfusion.transport.hierarchy import Coupling
+from tests import zoo
 
 LEAST = 'models = ["hf:a", "hf:b"]\noutput = "out"\n'
 FULL = """
@@ -166,23 +167,9 @@ def test_any_of_many_tables(table: dict[str, Any], coupling: dict[str, Any] | No
 # -- from the command line -----------------------------------------------------------------------------
 
 
-def llama(folder: Path, seed: int) -> Path:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=23,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / str(seed))
-    return folder / str(seed)
-
-
 def recipe(tmp_path: Path, **more: object) -> Path:
     """Write a recipe of two language models; values as JSON, which TOML reads alike here."""
-    models = [f"hf:{llama(tmp_path, seed)}" for seed in (0, 1)]
+    models = [f"hf:{zoo.saved_llama(tmp_path, seed)}" for seed in (0, 1)]
     facts = {"models": models, "output": str(tmp_path / "out"), **more}
     return write(tmp_path, "".join(f"{name} = {json.dumps(value)}\n" for name, value in facts.items()))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -590,3 +591,20 @@ ADVERSARIAL: dict[str, Zoo] = {
     "convolution1d": Zoo(Convolution1d, _tokens),
     "group_norm": Zoo(GroupNorm, _images),
 }
+
+
+def saved_llama(folder: Path, seed: int, vocabulary: int = 23, width: int = 16, layers: int = 1) -> Path:
+    """Write a small language model with grouped queries, and return its directory."""
+    import transformers
+
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=width * 3 // 2,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / str(seed))
+    return folder / str(seed)
