@@ -358,13 +358,22 @@ def fuse(
         bool,
         typer.Option(
             "--stream",
-            help="From file to file, by weights, without loading a model: OUT is a directory. "
+            help="From file to file, without loading a model: OUT is a directory. "
             "An interrupted run is gone on with.",
         ),
     ] = False,
     shard_size: Annotated[
         float, typer.Option("--shard-size", min=0.001, metavar="GB", help="Of a file, with --stream.")
     ] = 1.0,
+    max_memory: Annotated[
+        float,
+        typer.Option(
+            "--max-memory",
+            min=0.001,
+            metavar="GB",
+            help="Of calibration, with --stream: beyond it, data wait in files beside OUT.",
+        ),
+    ] = 4.0,
     given: InputOption = None,
     outputs: OutputsOption = None,
     seed: SeedOption = 0,
@@ -402,6 +411,7 @@ def fuse(
         target=target,
         stream=stream,
         shard_size=shard_size,
+        max_memory=max_memory,
         inputs=tuple(given or ()),
         outputs=_names(outputs),
         seed=seed,
@@ -705,7 +715,9 @@ def _fuse_files(recipe: Recipe) -> None:
         for resolved, _ in found:
             if resolved.reads(recipe.output):
                 raise OptionError(f"--output {recipe.output} is a parent: name another output")
-        example = _example(found[recipe.target][0], recipe.inputs, None)
+        target = found[recipe.target][0]
+        batches = _calibration(recipe.calibration, target, recipe.batch_size)
+        example = _example(target, recipe.inputs, batches)
         report = fuse_files(
             [path for _, path in found],
             recipe.output,
@@ -717,6 +729,8 @@ def _fuse_files(recipe: Recipe) -> None:
             seed=recipe.seed,
             outputs=recipe.outputs,
             shard_bytes=int(recipe.shard_size * 1e9),
+            calibration=batches,
+            memory=int(recipe.max_memory * 1e9),
             progress=progress,
         )
     console.print(report.table())

@@ -88,5 +88,9 @@ class NotationError(FusionError):
     """A contraction is not written in the notation that rules use."""
 
 
+class MemoryLimitError(FusionError):
+    """A memory limit is below what a single step takes; the message says how much that is."""
+
+
 class MissingDependencyError(FusionError):
     """An optional package is not installed; the message says which extra brings it."""

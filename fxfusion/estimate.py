@@ -54,7 +54,8 @@ class Estimate:
         Floating-point operations that this machine does in a second, one thread as many as torch uses.
     solving : float
         Seconds of assignments.
-    streamed : bool
+    calibrates : bool
+        Whether calibration data are given, or may be.
     """
 
     parents: int
@@ -65,7 +66,7 @@ class Estimate:
     calibrating: float
     rate: float
     solving: float
-    streamed: bool
+    calibrates: bool
 
     @property
     def seconds(self) -> float:
@@ -83,7 +84,7 @@ class Estimate:
             f"{self.comparing / self.rate:,.1f} s at {self.rate / 1e9:,.0f} billion a second",
             "assignments": f"at most about {self.solving:,.1f} s",
         }
-        if not self.streamed:
+        if self.calibrates:
             passes = 1000 * self.parents * self.calibrating
             rows["1,000 calibration samples"] = f"about {passes / self.rate:,.1f} s of forward passes"
         for name, text in rows.items():
@@ -128,7 +129,7 @@ def estimate(recipe: Recipe) -> tuple[Plan, Estimate]:
         calibrating=forward(state.capture.module.graph, _samples(example)),
         rate=measured_rate(),
         solving=sources * SWEEPS * ASSIGNMENT * sum(float(number) ** 3 for number in units),
-        streamed=recipe.stream,
+        calibrates=not recipe.stream or recipe.calibration is not None,
     )
     return state.plan, found
 
@@ -147,14 +148,15 @@ def _memory(recipe: Recipe, held: int, numbers: Sequence[int], units: Sequence[i
     """Return the bytes held at most.
 
     In memory: all parents, each of the others moved, and the average. From file to file: what is kept in
-    float32 while weights are compared, the largest tensor a few times, and a shard. Either way the costs of
-    the largest space, and what the solver copies of them.
+    float32 while weights are compared, the largest tensor a few times, and a shard, or what calibration may
+    take. Either way the costs of the largest space, and what the solver copies of them.
     """
     count, solver = len(recipe.models), 3 * 8 * max(units, default=0) ** 2
     if not recipe.stream:
         return 2 * held + solver + (8 * (count - 1) * sum(number**2 for number in units))
     compared = min(MEMORY, 4 * 2 * sum(numbers))
-    return int(compared + 4 * 4 * max(numbers) + min(recipe.shard_size * 1e9, held / count) + solver)
+    compared += int(4 * 4 * max(numbers) + min(recipe.shard_size * 1e9, held / count) + solver)
+    return compared if recipe.calibration is None else max(compared, int(recipe.max_memory * 1e9))
 
 
 def _samples(example: Example) -> int:

@@ -32,12 +32,28 @@ _WIDE = {
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Live:
+    """A batch on its way through a graph: the values that later nodes need.
+
+    Attributes
+    ----------
+    shared : dict of Node to value
+        Of nodes that depend on no parameter.
+    own : tuple of dict of Node to value
+        Of the others, one per weight set.
+    """
+
+    shared: dict[fx.Node, Any]
+    own: tuple[dict[fx.Node, Any], ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Environment:
-    """Values of nodes: a state's own, those that all states share, and parameters on demand."""
+    """Values of nodes: a state's own, those that all states share, and what is stored, on demand."""
 
     own: dict[fx.Node, Any]
-    shared: Mapping[fx.Node, Any]
-    parameter: Callable[[fx.Node], torch.Tensor] | None
+    shared: dict[fx.Node, Any]
+    stored: Callable[[fx.Node], Any]
 
     def look_up(self, item: Any) -> Any:
         if not isinstance(item, fx.Node):
@@ -46,8 +62,7 @@ class _Environment:
             return self.own[item]
         if item in self.shared:
             return self.shared[item]
-        assert self.parameter is not None
-        return self.parameter(item)
+        return self.stored(item)
 
 
 class Program:
@@ -140,18 +155,49 @@ class Program:
             Every node whose value depends on parameters, and the output node, with one value per state. What
             later nodes do not need is dropped when the next one is asked for.
         """
-        inputs = self.flatten(args, kwargs)
-        shared: dict[fx.Node, Any] = dict(zip(self.placeholders, map(self._cast, inputs), strict=True))
-        envs = [_Environment({}, shared, self._parameter(state)) for state in states]
-        for node in self.nodes:
+        return self.advance(self.start(args, kwargs, len(states)), self.nodes, states, override)
+
+    def start(self, args: Sequence[Any], kwargs: Mapping[str, Any], states: int) -> Live:
+        """Return a batch before the first node, to be run on so many weight sets."""
+        inputs = map(self._cast, self.flatten(args, kwargs))
+        return Live(dict(zip(self.placeholders, inputs, strict=True)), tuple({} for _ in range(states)))
+
+    def advance(
+        self,
+        live: Live,
+        nodes: Sequence[fx.Node],
+        states: Sequence[State],
+        override: Callable[[fx.Node, int, tuple[Any, ...]], Any] | None = None,
+    ) -> Iterator[tuple[fx.Node, list[Any]]]:
+        """Run the next nodes of a graph, in which only their parameters are looked up.
+
+        Parameters
+        ----------
+        live : Live
+            The batch; afterwards it holds what later nodes need.
+        nodes : sequence of Node
+            Those that follow the last ones run.
+        states, override
+            As for :meth:`run`.
+
+        Yields
+        ------
+        node, values
+            As :meth:`steps`.
+        """
+        shared = live.shared
+        envs = [
+            _Environment(own, shared, self._stored(state))
+            for own, state in zip(live.own, states, strict=True)
+        ]
+        constant = _Environment({}, shared, self._stored({}))
+        for node in nodes:
             if node.op == "output":
                 outputs: Any = node.args[0]
                 yield node, [[env.look_up(item) for item in outputs] for env in envs]
             elif node in self._shared:
-                if node.op == "get_attr":
-                    shared[node] = self._cast(self._constants[node])
-                elif node.op == "call_function":
-                    shared[node] = self._call(node, _Environment({}, shared, None))
+                if node.op == "call_function":
+                    shared[node] = self._call(node, constant)
             elif node.op != "get_attr":
                 for index, env in enumerate(envs):
                     env.own[node] = self._compute(node, index, env, override)
@@ -185,15 +231,18 @@ class Program:
             return value.to(_WIDE[value.dtype])
         return value
 
-    def _parameter(self, state: State) -> Callable[[fx.Node], torch.Tensor]:
-        """Return what looks up a parameter, widened only where it is used: no second set of weights lives."""
+    def _stored(self, state: State) -> Callable[[fx.Node], Any]:
+        """Return what looks up a parameter, or a constant of the graph.
 
-        def parameter(node: fx.Node) -> torch.Tensor:
-            name = self.capture.aliases.get(str(node.target), str(node.target))
-            found: torch.Tensor = self._cast(state[name])
-            return found
+        They are widened only where they are used: no second set of weights lives.
+        """
 
-        return parameter
+        def look_up(node: fx.Node) -> Any:
+            if node in self._constants:
+                return self._cast(self._constants[node])
+            return self._cast(state[self.capture.aliases.get(str(node.target), str(node.target))])
+
+        return look_up
 
     # -- inputs ---------------------------------------------------------------------------------
 
@@ -312,6 +361,7 @@ def _last_uses(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     """Return for every node the values that nobody needs after it."""
     last: dict[fx.Node, fx.Node] = {}
     for node in nodes:
+        last[node] = node  # what nobody uses ends where it begins
         for item in node.all_input_nodes:
             last[item] = node
     dead: dict[fx.Node, list[fx.Node]] = {}

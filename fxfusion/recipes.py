@@ -26,7 +26,6 @@ LOADED_ONLY = (
     "repair",
     "method",
     "refine",
-    "calibration",
     "flow",
     "observe",
     "regularisation",
@@ -59,6 +58,8 @@ class Recipe:
         From file to file, see :func:`fxfusion.fuse_files`.
     shard_size : float
         Gigabytes of a file then.
+    max_memory : float
+        Gigabytes that calibration may take then, see :func:`fxfusion.fuse_files`.
     inputs : tuple of str
         Example inputs, ``name=2x3:float32``.
     outputs : tuple of str or None
@@ -96,6 +97,7 @@ class Recipe:
     target: int = -1
     stream: bool = False
     shard_size: float = 1.0
+    max_memory: float = 4.0
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] | None = None
     seed: int = 0
@@ -115,11 +117,12 @@ class Recipe:
             raise OptionError(
                 f"--target {self.target} names none of the {count} models: choose -{count} to {count - 1}"
             )
-        if not 0.001 <= self.shard_size < math.inf:
-            raise OptionError(f"shard_size={self.shard_size!r}: give gigabytes, 0.001 or more")
+        for name in ("shard_size", "max_memory"):
+            if not 0.001 <= getattr(self, name) < math.inf:
+                raise OptionError(f"{name}={getattr(self, name)!r}: give gigabytes, 0.001 or more")
         if self.stream and (self.untie or any(getattr(self, name) is not None for name in LOADED_ONLY)):
             raise OptionError(
-                "--stream compares weights, hard, by permutations: leave out untie, " + ", ".join(LOADED_ONLY)
+                "--stream solves permutations, hard: leave out untie, " + ", ".join(LOADED_ONLY)
             )
         self.options()  # a flow or an observation that cannot be read is refused now
 
@@ -198,7 +201,7 @@ def _setting(name: str, value: Any, where: str) -> Any:
         return Path(text)
     if name in ("untie", "stream"):
         return _typed(name, value, bool, "true or false", where)
-    if name in ("shard_size", "regularisation"):
+    if name in ("shard_size", "max_memory", "regularisation"):
         return _number(name, value, where)
     if name == "coupling" and isinstance(value, Mapping):
         return _coupling(value, where)

@@ -22,16 +22,20 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from fxfusion.errors import CalibrationMismatchError
-from fxfusion.execution import Program, State, by_capture, run_together
+from fxfusion.execution import Live, Program, State, by_capture, run_together
 from fxfusion.layout import ActivationBlock
 from fxfusion.pairing import Parent
 from fxfusion.plan import Plan
 from fxfusion.processes import Processes, current
 from fxfusion.progress import Progress, silent
 from fxfusion.rules.registry import operator_name
+from fxfusion.staging import MemoryLimit, Shelf, stages, used
+from fxfusion.stored import bytes_of
 from fxfusion.transport.hierarchy import Shape
 from fxfusion.transport.map import innermost
 from fxfusion.transport.options import Observe, Positions
+
+Place = tuple[str, int]  # name of a space, and which of its observations
 
 
 class CrossMoments:
@@ -260,94 +264,249 @@ def collect(
     list of dict of str to list of CrossMoments
         Per parent (empty for the target), by space, one per observation.
     """
-    plan, graph = parents[target].plan, parents[target].capture.module.graph
-    if places is None:
-        places = observations(plan, graph)
-    shapes = [
-        {space.name: Shape.of(parent.plan, space) for space in parent.plan.spaces} for parent in parents
+    places = places or observations(parents[target].plan, parents[target].capture.module.graph)
+    (found,) = gather(parents, target, batches, total, progress, places, observed, own)
+    return [
+        {name: [part[name, number] for number in range(len(where))] for name, where in places.items()}
+        if part
+        else {}
+        for part in found
     ]
 
-    def unseen() -> list[dict[str, list[CrossMoments]]]:
+
+def gather(
+    parents: Sequence[Parent],
+    target: int,
+    batches: Iterable[tuple[Sequence[Any], Mapping[str, Any]]],
+    total: int = 0,
+    progress: Progress = silent,
+    places: Mapping[str, Sequence[Observation]] | None = None,
+    observed: Observe | None = None,
+    own: bool = False,
+    limit: MemoryLimit | None = None,
+) -> Iterator[list[dict[Place, CrossMoments]]]:
+    """Stream calibration data through all parents, stage by stage if memory is limited.
+
+    Parameters
+    ----------
+    parents, target, batches, total, progress, places, observed, own
+        As for :func:`collect`.
+    limit : MemoryLimit, optional
+        All batches go through one stage of the graph, with its weights alone in memory, before the next
+        begins; without a limit the whole graph is one stage, and weights are looked up where they are used.
+
+    Yields
+    ------
+    list of dict of (str, int) to CrossMoments
+        After every stage what was gathered there: per parent (empty for the target), by name of a space and
+        number of its observation.
+
+    Raises
+    ------
+    MemoryLimitError
+        If a single node takes more than a stage may; before anything is run.
+    CalibrationMismatchError
+        If a space was shown too few samples.
+    """
+    gathering = _Gathering(parents, target, places, observed or Observe(), own, limit)
+    processes, parts = current(), gathering.parts()
+    turns: Iterable[Sequence[Any]] = _turns(batches, processes.count)
+    done = 0
+    for part in parts:
+        states = gathering.states(part)
+        moments = drawn = gathering.unseen(part)
+        counts = []
+        for number, turn in enumerate(turns):
+            if processes.count > 1:
+                drawn = gathering.unseen(part)
+            mine = turn[processes.rank : processes.rank + 1]
+            processes.each(functools.partial(gathering.run, part, number, mine, states, drawn))
+            if processes.count > 1:
+                _add_up(moments, drawn, processes, len(turn))
+            done += len(turn)
+            counts.append([None] * len(turn))
+            progress("calibrate", done, total * len(parts))
+        turns = counts  # the batches themselves are on their way
+        del states
+        _check_counts(moments)
+        yield moments
+
+
+def _check_counts(moments: Sequence[Mapping[Place, CrossMoments]]) -> None:
+    for part in moments:
+        for (name, _), item in part.items():
+            if item.count < LEAST_SAMPLES:
+                raise CalibrationMismatchError(
+                    f"the calibration data show space {name} fewer than {LEAST_SAMPLES} samples: give more"
+                )
+
+
+def _turns(batches: Iterable[Any], count: int) -> Iterator[list[Any]]:
+    """Yield batches, as many at once as there are processes."""
+    remaining = iter(batches)
+    while turn := list(itertools.islice(remaining, count)):
+        yield turn
+
+
+class _Gathering:
+    """Parents that run side by side, and where their spaces are observed."""
+
+    def __init__(
+        self,
+        parents: Sequence[Parent],
+        target: int,
+        places: Mapping[str, Sequence[Observation]] | None,
+        chosen: Observe,
+        own: bool,
+        limit: MemoryLimit | None,
+    ) -> None:
+        self.limit = limit
+        self.shelf = None if limit is None else Shelf(limit.directory, limit.kept)
+        self.parents = parents
+        self.target = target
+        self.chosen = chosen
+        self.own = own
+        self.plan = parents[target].plan
+        self.shapes = [
+            {space.name: Shape.of(parent.plan, space) for space in parent.plan.spaces} for parent in parents
+        ]
+        if places is None:
+            places = observations(self.plan, parents[target].capture.module.graph)
+        self.at_node: dict[str, list[tuple[Place, Observation]]] = {}
+        for name, where in places.items():
+            for number, observation in enumerate(where):
+                self.at_node.setdefault(observation.node, []).append(((name, number), observation))
+        self.groups = by_capture([parent.capture for parent in parents])
+        self.order = [index for group in self.groups for index in group]
+        self.programs = [Program(parents[group[0]].capture) for group in self.groups]
+
+    def unseen(self, part: slice) -> list[dict[Place, CrossMoments]]:
+        """Return moments of nothing for what is observed in a part of the graph."""
+        observed = [
+            place for node in self.programs[0].nodes[part] for place, _ in self.at_node.get(node.name, ())
+        ]
         return [
-            {
-                name: [
-                    CrossMoments(
-                        shape.fixed, shape.outer * shape.size, shape.source_outer * shape.source_size, own
-                    )
-                    for _ in where
-                ]
-                for name, where in places.items()
-                for shape in [shapes[index][name]]
-                if index != target
-            }
-            for index in range(len(parents))
+            {}
+            if index == self.target
+            else {place: CrossMoments(*_units(shapes[place[0]]), self.own) for place in observed}
+            for index, shapes in enumerate(self.shapes)
         ]
 
-    moments = drawn = unseen()
-    at_node: dict[str, list[tuple[str, int, Observation]]] = {}
-    for name, where in places.items():
-        for number, observation in enumerate(where):
-            at_node.setdefault(observation.node, []).append((name, number, observation))
+    def parts(self) -> list[slice]:
+        """Return the parts of the graph that run one after the other: all of it if memory has no limit."""
+        if self.limit is None:
+            return [slice(None)]
+        weights: dict[str, int] = {}
+        for parent in self.parents:
+            for name in parent.capture.parameters:
+                weights[name] = weights.get(name, 0) + bytes_of(parent.state, name)
+        held = {}
+        for node, observed in self.at_node.items():
+            units = [
+                _units(shapes[name])
+                for (name, _), _ in observed
+                for index, shapes in enumerate(self.shapes)
+                if index != self.target
+            ]
+            numbers = sum(fixed * left * (right + self.own * left) for fixed, left, right in units)
+            held[node] = torch.float64.itemsize * numbers
+        return stages(self.programs[0].capture, weights, held, self.limit.stage)
 
-    chosen = observed or Observe()
-    alike = by_capture([parent.capture for parent in parents])
-    order = [index for group in alike for index in group]
+    def states(self, part: slice) -> list[list[State]]:
+        """Return the parents' weights, graph by graph; if memory is limited, those of a part, read once."""
+        found: list[list[State]] = []
+        for program, group in zip(self.programs, self.groups, strict=True):
+            states = [self.parents[index].state for index in group]
+            if self.limit is not None:
+                names = used(program.capture, program.nodes[part])
+                states = [{name: state[name] for name in names} for state in states]
+            found.append(states)
+        return found
 
-    def observe(node: fx.Node, values: list[list[torch.Tensor]]) -> None:
-        found = dict(zip(order, (value for part in values for value in part), strict=True))
-        for name, number, observation in at_node.get(node.name, ()):
-            shape = shapes[target][name]
-            own = _samples(found[target], observation, shape.fixed, shape.outer * shape.size, chosen)
-            for index in order:
-                if index != target:
-                    shape = shapes[index][name]
-                    place = observation.of(plan, parents[index].plan.source)
-                    units = shape.source_outer * shape.source_size
-                    sample = _samples(found[index], place, shape.fixed, units, chosen)
-                    drawn[index][name][number].update(own, sample)
-
-    programs = [
-        (Program(parents[group[0]].capture), [parents[index].state for index in group]) for group in alike
-    ]
-    own_program = next(
-        program for (program, _), group in zip(programs, alike, strict=True) if target in group
-    )
-
-    def run(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        if chosen.confident < 1.0:
-            args, kwargs = _confident(own_program, parents[target].state, args, kwargs, chosen.confident)
-        run_together([program.steps(states, args, kwargs) for program, states in programs], observe)
-
-    processes, remaining, done = current(), iter(batches), 0
-    while turn := list(itertools.islice(remaining, processes.count)):
-        if processes.count > 1:
-            drawn = unseen()
-        own_part = turn[processes.rank : processes.rank + 1]
-        processes.each(functools.partial(list, itertools.starmap(run, own_part)))
-        if processes.count > 1:
-            _add_up(moments, drawn, processes, len(turn))
-        done += len(turn)
-        progress("calibrate", done, total)
-    for name, streamed in next((item for item in moments if item), {}).items():
-        if any(item.count < LEAST_SAMPLES for item in streamed):
-            raise CalibrationMismatchError(
-                f"the calibration data show space {name} fewer than {LEAST_SAMPLES} samples: give more"
+    def _begun(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Live]:
+        """Return a batch before the first node of every graph."""
+        if self.chosen.confident < 1.0:
+            own = next(
+                program
+                for program, group in zip(self.programs, self.groups, strict=True)
+                if self.target in group
             )
-    return moments
+            args, kwargs = _confident(
+                own, self.parents[self.target].state, args, kwargs, self.chosen.confident
+            )
+        return [
+            program.start(args, kwargs, len(group))
+            for program, group in zip(self.programs, self.groups, strict=True)
+        ]
+
+    def run(
+        self,
+        part: slice,
+        number: int,
+        batches: Sequence[Any],
+        states: Sequence[Sequence[State]],
+        drawn: Sequence[Mapping[Place, CrossMoments]],
+    ) -> None:
+        """Run batches (one, or none) through a part of the graph, and add what is seen."""
+        for batch in batches:
+            lives = self._begun(*batch) if self.shelf is None or not part.start else self.shelf.take(number)
+            self._run(part, lives, states, drawn)
+            if self.shelf is not None and part.stop < len(self.programs[0].nodes):
+                self.shelf.put(number, lives)
+
+    def _run(
+        self,
+        part: slice,
+        lives: Sequence[Live],
+        states: Sequence[Sequence[State]],
+        drawn: Sequence[Mapping[Place, CrossMoments]],
+    ) -> None:
+        def observe(node: fx.Node, values: list[list[torch.Tensor]]) -> None:
+            found = dict(zip(self.order, (value for part in values for value in part), strict=True))
+            for place, observation in self.at_node.get(node.name, ()):
+                self._add(place, observation, found, drawn)
+
+        run_together(
+            [
+                program.advance(live, program.nodes[part], theirs)
+                for program, live, theirs in zip(self.programs, lives, states, strict=True)
+            ],
+            observe,
+        )
+
+    def _add(
+        self,
+        place: Place,
+        observation: Observation,
+        found: Mapping[int, torch.Tensor],
+        drawn: Sequence[Mapping[Place, CrossMoments]],
+    ) -> None:
+        fixed, units, _ = _units(self.shapes[self.target][place[0]])
+        own = _samples(found[self.target], observation, fixed, units, self.chosen)
+        for index in self.order:
+            if index != self.target:
+                fixed, _, units = _units(self.shapes[index][place[0]])
+                there = observation.of(self.plan, self.parents[index].plan.source)
+                sample = _samples(found[index], there, fixed, units, self.chosen)
+                drawn[index][place].update(own, sample)
+
+
+def _units(shape: Shape) -> tuple[int, int, int]:
+    """Return the independent pairs of sets of units, and the units of the target's and the source's sets."""
+    return shape.fixed, shape.outer * shape.size, shape.source_outer * shape.source_size
 
 
 def _add_up(
-    moments: list[dict[str, list[CrossMoments]]],
-    drawn: list[dict[str, list[CrossMoments]]],
+    moments: Sequence[Mapping[Place, CrossMoments]],
+    drawn: Sequence[Mapping[Place, CrossMoments]],
     processes: Processes,
     last: int,
 ) -> None:
     """Add what the first processes have drawn from a batch each, in the order of batches."""
     for whole, part in zip(moments, drawn, strict=True):
-        for name, items in whole.items():
-            for item, fresh in zip(items, part[name], strict=True):
-                for other in fresh.sent(processes, last):
-                    item.add(other)
+        for place, item in whole.items():
+            for other in part[place].sent(processes, last):
+                item.add(other)
 
 
 def _confident(

@@ -153,3 +153,14 @@ class StoredWeights(Mapping[str, torch.Tensor]):
 
     def __contains__(self, name: Any) -> bool:
         return name in self._file or name in self._aliases
+
+
+def bytes_of(state: Mapping[str, torch.Tensor], name: str) -> int:
+    """Return how many bytes a weight takes, which is not read for it if it stays in its file.
+
+    Examples
+    --------
+    >>> bytes_of({"weight": torch.ones(2, 3)}, "weight")
+    24
+    """
+    return state.bytes_of(name) if isinstance(state, StoredWeights) else state[name].nbytes

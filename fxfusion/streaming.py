@@ -1,9 +1,9 @@
 """Fusion of checkpoints from file to file: no parent is ever in memory.
 
-Parents are aligned by their weights. Each parameter is read when a space that it holds is compared, again
-for every sweep over that space, and once more when it is written. The result appears at its place whole: it
-grows in a directory beside that, from which an interrupted run goes on. There the transports are kept, and
-every finished shard with the hash of its content.
+Parents are aligned by their weights and, with calibration data, by activations. Each parameter is read once
+for these, whenever a space that it holds is compared, and once more when it is written. The result appears
+at its place whole: it grows in a directory beside that, from which an interrupted run goes on. There the
+transports are kept, and every finished shard with the hash of its content.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import nn
 
 from fxfusion.atomic import replacing, take_place, write_text
 from fxfusion.average import weighted_average
+from fxfusion.calibration import Batches
 from fxfusion.capture import tied_groups
 from fxfusion.checkpoints import (
     INDEX_NAME,
@@ -40,17 +41,22 @@ from fxfusion.pipeline import certify_all, planned
 from fxfusion.plan import Plan
 from fxfusion.processes import current
 from fxfusion.progress import Progress, silent
+from fxfusion.repair import batch_norms
 from fxfusion.report import FusionReport
 from fxfusion.reporting import fusion_report, model_card, versions
+from fxfusion.staging import MemoryLimit
 from fxfusion.state import FusionState
+from fxfusion.statistics import gather, observations
 from fxfusion.stored import StoredWeights
 from fxfusion.symmetry import act
 from fxfusion.transport.hierarchy import Coupling
 from fxfusion.transport.joint import Alignment, align
 from fxfusion.transport.map import HardMap, Map, SoftMap
+from fxfusion.transport.observed import StoredCosts
 from fxfusion.validation import check_alike, check_shares
 
 SHARD_BYTES = 10**9
+CALIBRATION_BYTES = 4 * 2**30
 _TRANSPORTS = "transports.safetensors"
 _JOB = "job.json"
 _RESULT = "result"
@@ -94,9 +100,11 @@ def fuse_files(
     seed: int = 0,
     outputs: Sequence[str] | None = None,
     shard_bytes: int = SHARD_BYTES,
+    calibration: Iterable[Any] | None = None,
+    memory: int = CALIBRATION_BYTES,
     progress: Progress | None = None,
 ) -> FusionReport:
-    """Fuse checkpoints by their weights without loading them: from safetensors files to safetensors files.
+    """Fuse checkpoints without loading them: from safetensors files to safetensors files.
 
     Memory holds a few parameters at a time, and one shard of the result. Permutations are solved, hard; other
     widths may be fused, too. Numbers are averaged in float32 and stored as the target's are.
@@ -118,6 +126,11 @@ def fuse_files(
         As for :func:`fxfusion.fuse`.
     shard_bytes : int
         How large a file of the result may be; a larger tensor has one of its own.
+    calibration : iterable, optional
+        As for :func:`fxfusion.fuse`. All batches go through one stage of the network, then through the next:
+        see :func:`fxfusion.statistics.gather`. Activations between stages, and costs, are kept in files.
+    memory : int
+        How many bytes calibration may take for weights, statistics and activations between stages.
 
     Returns
     -------
@@ -128,6 +141,8 @@ def fuse_files(
     ------
     FusionError
         As for :func:`fxfusion.fuse`; nothing is at ``out`` then.
+    MemoryLimitError
+        If a single step of calibration takes more than ``memory``.
 
     Examples
     --------
@@ -154,15 +169,24 @@ def fuse_files(
         check_fits(model, item.shells(), item, str(item.path))
     state = _bound(models, stored, target, args, kwargs, outputs)
     state.weights, state.method = shares, Method("permutation")
+    if batch_norms(state.capture):
+        state.notes = ("statistics of batch normalisations are the parents' average, not measured anew",)
+    batches = None if calibration is None else Batches(state.capture, calibration)
     processes, out = current(), out.absolute()
     work = _Work(stored, state, out.parent / f".{out.name}.partial", out, {}, progress)
     work.seconds["plan"] = time.perf_counter() - start
-    processes.once(lambda: _resume(work, {"seed": seed, "outputs": outputs, "shard_bytes": shard_bytes}))
+    job = {
+        "seed": seed,
+        "outputs": outputs,
+        "shard_bytes": shard_bytes,
+        "calibration": None if batches is None else batches.fingerprint(),
+    }
+    processes.once(lambda: _resume(work, job))
     _certify(work, models, seed)
-    _solve(work)
+    _solve(work, batches, memory)
     shards = _write_shards(work, shard_bytes)
     options = {
-        "features": "weights",
+        "features": "weights" if batches is None else "activations",
         "coupling": "hard",
         "symmetry": "permutation",
         "target": str(target),
@@ -231,24 +255,62 @@ def _certify(work: _Work, models: Sequence[nn.Module], seed: int) -> None:
     work.seconds["certify"] = time.perf_counter() - start
 
 
-def _solve(work: _Work) -> None:
+def _solve(work: _Work, batches: Batches | None, memory: int) -> None:
     """Solve the transports of all parents but the target, or find them where an earlier run left them."""
-    start, read = time.perf_counter(), work.read
     state = work.state
     own = state.parents[state.target].state
     file = work.directory / _TRANSPORTS
     processes = current()
     kept = _kept_transports(file, state.plan) if processes.once(file.is_file) else {}
+    observed: list[StoredCosts | None] = [None] * len(state.parents)
+    if batches is not None and len(kept) < len(state.parents) - 1:
+        observed = _observe(work, batches, memory)
+    start, read = time.perf_counter(), work.read
     for index, parent in enumerate(state.parents):
         if index == state.target:
             state.alignments.append(None)
             continue
         if index not in kept:
-            kept[index] = align(parent.plan, own, parent.state, Coupling(), None, work.progress)
+            kept[index] = align(
+                parent.plan, own, parent.state, Coupling(), None, work.progress, observed[index]
+            )
             processes.once(functools.partial(_keep_transports, file, kept))
         state.alignments.append(kept[index])
     work.seconds["read for alignment"] = work.read - read
     work.seconds["align"] = time.perf_counter() - start - work.seconds["read for alignment"]
+
+
+def _observe(work: _Work, batches: Batches, memory: int) -> list[StoredCosts | None]:
+    """Run calibration data through all parents, stage by stage, and return the costs that they show."""
+    start, read, state = time.perf_counter(), work.read, work.state
+    directory = work.directory / f"calibration-{current().rank}"
+    if directory.exists():  # of a run that was killed
+        shutil.rmtree(directory)
+    directory.mkdir()
+    places = observations(state.parents[state.target].plan, state.capture.module.graph)
+    costs: list[StoredCosts | None] = [None] * len(state.parents)
+    for index, parent in enumerate(state.parents):
+        if index != state.target:
+            (directory / str(index)).mkdir()
+            counts = {name: len(where) for name, where in places.items()}
+            costs[index] = StoredCosts(parent.plan, counts, directory / str(index))
+    parts = gather(
+        state.parents,
+        state.target,
+        batches,
+        len(batches),
+        work.progress,
+        places,
+        limit=MemoryLimit(memory, directory),
+    )
+    for part in parts:
+        for stored, moments in zip(costs, part, strict=True):
+            for name, number in list(moments):
+                assert stored is not None
+                stored.add(name, moments.pop((name, number)))
+    work.seconds["read for calibration"] = work.read - read
+    work.seconds["calibrate"] = time.perf_counter() - start - work.seconds["read for calibration"]
+    return costs
 
 
 def _write_shards(work: _Work, shard_bytes: int) -> dict[str, list[str]]:

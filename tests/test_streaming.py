@@ -23,6 +23,7 @@ from fxfusion.errors import (
     CheckpointError,
     FusionError,
     InvalidWeightError,
+    MemoryLimitError,
     ModelReferenceError,
     OptionError,
 )
@@ -171,6 +172,64 @@ def test_buffers_come_from_the_files(batched: list[Path], tmp_path: Path) -> Non
     expected = fxfusion.fuse([batch_norm_network(0), batch_norm_network(1)], (x,)).state_dict()
     found = read_weights(tmp_path / "out")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+DATA = [
+    {"input_ids": torch.randint(23, (8, 6), generator=torch.Generator().manual_seed(seed))} for seed in (0, 1)
+]
+LEAST = 80_000  # bytes; a layer takes half of it
+
+
+def test_calibrated_as_in_memory(parents: list[Path], tmp_path: Path) -> None:
+    report = fuse(parents, tmp_path / "out", calibration=DATA, memory=LEAST)
+    expected = fxfusion.fuse(
+        [llama(0), llama(1)], kwargs=KWARGS, calibration=DATA, method="permutation", repair="none"
+    )
+    found = read_weights(tmp_path / "out")
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(found[name], tensor), name
+    assert report.spaces == expected.report.spaces
+    by_weights = fxfusion.fuse([llama(0), llama(1)], kwargs=KWARGS).state_dict()
+    assert any(not torch.equal(found[name], tensor) for name, tensor in by_weights.items())
+    assert report.seconds["calibrate"] > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_calibrated_across_widths(parents: list[Path], tmp_path: Path) -> None:
+    llama(7, hidden=40).save_pretrained(tmp_path / "wide")
+    fuse([tmp_path / "wide", parents[1]], tmp_path / "out", calibration=DATA, memory=2 * LEAST)
+    expected = fxfusion.fuse(
+        [llama(7, hidden=40), llama(1)], kwargs=KWARGS, calibration=DATA, method="permutation"
+    )
+    found = read_weights(tmp_path / "out")
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-7)
+
+
+def test_a_memory_limit_that_is_too_low(parents: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(MemoryLimitError, match="raise it"):
+        fuse(parents, tmp_path / "out", calibration=DATA, memory=1000)
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_calibration_data_are_another_job(parents: list[Path], tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streaming, "take_place", stop)
+        with pytest.raises(Killed):
+            fuse(parents, tmp_path / "out", calibration=DATA)
+    fuse(parents, tmp_path / "out", calibration=DATA[:1])
+    fuse(parents, tmp_path / "fresh", calibration=DATA[:1])
+    found, fresh = content(tmp_path / "out"), content(tmp_path / "fresh")
+    assert {**found, "README.md": b""} == {**fresh, "README.md": b""}
+
+
+def test_statistics_of_batch_normalisations_are_said_to_be_averages(
+    batched: list[Path], tmp_path: Path
+) -> None:
+    report = streaming.fuse_files(
+        batched, tmp_path / "out", [hollow(Batched) for _ in batched], (torch.ones(4, 5),)
+    )
+    assert any("batch normalisations" in note for note in report.notes)
 
 
 def test_tensors_are_read_a_bounded_number_of_times(
@@ -397,7 +456,7 @@ def test_the_command_streams(parents: list[Path], tmp_path: Path) -> None:
     assert all(torch.equal(found[name], expected[name]) for name in found)
     again = CliRunner().invoke(app, ["fuse", *references, "-o", str(out), "--stream", "--repair", "norms"])
     assert again.exit_code != 0
-    assert isinstance(again.exception, OptionError) or "--stream compares weights" in again.output
+    assert isinstance(again.exception, OptionError) or "--stream solves permutations" in again.output
 
 
 def test_a_reference_without_weights_is_refused() -> None:

@@ -49,12 +49,15 @@ def activation_cost(plan: Plan, space: Space, moments: Sequence[CrossMoments]) -
     shape = Shape.of(plan, space)
     total = Ground.zeros(shape)
     for item in moments:
-        total += (
-            _turning_cost(item, shape)
-            if space.symmetry.rotates
-            else Ground(pairs(1.0 - item.correlation, shape))
-        )
+        total += observed_cost(item, space, shape)
     return total * (1.0 / max(len(moments), 1))
+
+
+def observed_cost(moments: CrossMoments, space: Space, shape: Shape) -> Ground:
+    """Return the cost of a space from what was observed at one place."""
+    if space.symmetry.rotates:
+        return _turning_cost(moments, shape)
+    return Ground(pairs(1.0 - moments.correlation, shape))
 
 
 def _turning_cost(moments: CrossMoments, shape: Shape) -> Ground:

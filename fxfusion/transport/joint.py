@@ -18,9 +18,10 @@ from fxfusion.plan import Plan, Symmetry
 from fxfusion.processes import current
 from fxfusion.progress import Progress, silent
 from fxfusion.statistics import CrossMoments
-from fxfusion.transport.cost import State, WeightCost, activation_cost
+from fxfusion.transport.cost import State, WeightCost
 from fxfusion.transport.hierarchy import (
     Coupling,
+    Ground,
     Shape,
     Solution,
     Tree,
@@ -31,6 +32,7 @@ from fxfusion.transport.hierarchy import (
     trees,
 )
 from fxfusion.transport.map import BlockMaps, Map
+from fxfusion.transport.observed import observed_costs
 
 MAXIMAL_SWEEPS = 30
 _IMPROVEMENT = 1e-5  # of the cost of units that have nothing in common: a smaller one is rounding
@@ -67,6 +69,7 @@ def align(
     coupling: Coupling,
     moments: Mapping[str, Sequence[CrossMoments]] | None = None,
     progress: Progress = silent,
+    observed: Mapping[str, Ground] | None = None,
 ) -> Alignment:
     """Solve the transport of every space from one parent into the target's basis.
 
@@ -80,16 +83,24 @@ def align(
     moments : mapping of str to sequence of CrossMoments, optional
         Of activations, from :func:`fxfusion.statistics.collect`; without them weights alone are compared.
     progress : callable, optional
+    observed : mapping of str to Ground, optional
+        Costs of activations by space, where moments were not kept; for plans without rotations.
 
     Returns
     -------
     Alignment
     """
     if plan.rotates:
+        assert observed is None, "permutations and rotations are solved by different costs"
         # Weights cannot be compared along axes that may turn, in whatever order: permutations come first.
-        begun = _align(_permuting(plan), target, source, coupling, moments, progress, None)
-        return _align(plan, target, source, coupling, moments, progress, begun.solutions).alignment
-    return _align(plan, target, source, coupling, moments, progress, None).alignment
+        first = _permuting(plan)
+        costs = observed_costs(first, moments or {})
+        begun = _align(first, target, source, coupling, costs, progress, None)
+        costs = observed_costs(plan, moments or {})
+        return _align(plan, target, source, coupling, costs, progress, begun.solutions).alignment
+    if observed is None:
+        observed = observed_costs(plan, moments or {})
+    return _align(plan, target, source, coupling, observed, progress, None).alignment
 
 
 def _permuting(plan: Plan) -> Plan:
@@ -103,12 +114,12 @@ def _align(
     target: State,
     source: State,
     coupling: Coupling,
-    moments: Mapping[str, Sequence[CrossMoments]] | None,
+    observed: Mapping[str, Ground],
     progress: Progress,
     begun: Mapping[str, Solution] | None,
 ) -> _Solver:
     """Solve the transports of all spaces, from solutions found before if there are any."""
-    solver = _Solver(plan, coupling, WeightCost(plan, target, source), moments or {})
+    solver = _Solver(plan, coupling, WeightCost(plan, target, source), observed)
     generations, done, processes = solver.generations(), 0, current()
     for trees_now in generations:
         started = processes.share(
@@ -162,18 +173,12 @@ class _Solver:
         plan: Plan,
         coupling: Coupling,
         weights: WeightCost,
-        moments: Mapping[str, Sequence[CrossMoments]],
+        observed: Mapping[str, Ground],
     ) -> None:
         self.plan = plan
         self.coupling = coupling
         self.weights = weights
-        self.observed = {
-            tree.root.name: {
-                space.name: activation_cost(plan, space, moments[space.name]) for space in tree.members
-            }
-            for tree in trees(plan)
-            if moments and _is_seen(tree, moments)
-        }
+        self.observed = observed
         holders = {tree.root.name: set(weights.parameters(tree)) for tree in trees(plan)}
         self.neighbours = {
             name: {other for other, theirs in holders.items() if held & theirs}
@@ -216,10 +221,13 @@ class _Solver:
         if begun is not None:
             return _Found({space.name: begun[space.name] for space in tree.members}, {}, {})
         name, maps = tree.root.name, self.alignment.maps
-        costs = self.observed.get(name)
-        complete = costs is None and self.weights.complete(tree, frozenset(maps))
-        if costs is None:
-            costs = self.weights.costs(tree, maps, self.solutions, partial=True)
+        seen = name in self.observed
+        complete = not seen and self.weights.complete(tree, frozenset(maps))
+        costs = (
+            {space.name: self.observed[space.name] for space in tree.members}
+            if seen
+            else self.weights.costs(tree, maps, self.solutions, partial=True)
+        )
         solved = solve_tree(self.plan, tree, costs, self.coupling.of(name))
         if not complete:
             return _Found(solved, {}, {})
@@ -229,8 +237,9 @@ class _Solver:
     def improved(self, tree: Tree) -> _Found:
         """Solve a tree anew given all other transports; there are solutions if they cost less."""
         costs = self.weights.costs(tree, self.alignment.maps, self.solutions)
-        for name, observed in self.observed.get(tree.root.name, {}).items():
-            costs[name] += observed
+        if tree.root.name in self.observed:
+            for space in tree.members:
+                costs[space.name] += self.observed[space.name]
         old = new = costs_of(self.plan, tree, costs, self.solutions)
         least = _IMPROVEMENT * sum(Shape.of(self.plan, space).units for space in tree.members)
         improved = False
@@ -252,11 +261,3 @@ class _Solver:
         self.solutions.update(found.solutions)
         self.alignment.maps.update(to_maps(self.plan, tree, found.solutions))
         return True
-
-
-def _is_seen(tree: Tree, moments: Mapping[str, Sequence[CrossMoments]]) -> bool:
-    """Return whether every space of a tree, or a space below it, was observed."""
-    return all(
-        moments[space.name] or any(moments[below.name] for below in tree.members if space.name in below.scope)
-        for space in tree.members
-    )
