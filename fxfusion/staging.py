@@ -6,7 +6,9 @@ kept: in memory up to a limit, beyond it in files.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from fxfusion.capture import Capture
 from fxfusion.errors import MemoryLimitError
 from fxfusion.execution import Live
 
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
+
 
 @dataclasses.dataclass(frozen=True)
 class MemoryLimit:
@@ -28,8 +32,8 @@ class MemoryLimit:
     Attributes
     ----------
     bytes : int
-        Half of it is for the weights and statistics of a stage, a quarter for activations between stages, the
-        rest for the activations at work.
+        Three eighths are for the weights and statistics of a stage, two for activations between stages, the
+        rest for what is at work.
     directory : Path
         An existing one, for what does not fit.
     """
@@ -40,7 +44,7 @@ class MemoryLimit:
     @property
     def stage(self) -> int:
         """Bytes for the weights and statistics of a stage."""
-        return self.bytes // 2
+        return self.bytes * 3 // 8
 
     @property
     def kept(self) -> int:
@@ -102,7 +106,7 @@ def stages(capture: Capture, weights: Mapping[str, int], held: Mapping[str, int]
         if not ends:
             raise MemoryLimitError(
                 f"{capture.name}: {nodes[start].name} alone takes {total / 1e6:,.1f} MB for the parents' "
-                f"weights and statistics, and half of the memory limit is {limit / 1e6:,.1f} MB: raise it"
+                f"weights and statistics, and a memory limit leaves {limit / 1e6:,.1f} MB: raise it"
             )
         most, stop = ends[-1]
         if stop < len(nodes):
@@ -189,6 +193,16 @@ class Shelf:
 
     def _file(self, number: int) -> Path:
         return self._directory / f"batch-{number}.safetensors"
+
+
+def give_back_freed() -> None:
+    """Let the C library return large blocks to the system as soon as they are freed, for the whole process.
+
+    GNU's learns from the first one that is freed to keep such blocks, whose remains grow from stage to stage.
+    """
+    adjust = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if adjust is not None:
+        adjust(_MMAP_THRESHOLD, 2**20)
 
 
 def _lives(leaves: list[Any], spec: pytree.TreeSpec) -> list[Live]:

@@ -29,7 +29,7 @@ from fxfusion.plan import Plan
 from fxfusion.processes import Processes, current
 from fxfusion.progress import Progress, silent
 from fxfusion.rules.registry import operator_name
-from fxfusion.staging import MemoryLimit, Shelf, stages, used
+from fxfusion.staging import MemoryLimit, Shelf, give_back_freed, stages, used
 from fxfusion.stored import bytes_of
 from fxfusion.transport.hierarchy import Shape
 from fxfusion.transport.map import innermost
@@ -71,8 +71,9 @@ class CrossMoments:
 
     def update(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Add samples: ``[batch, units, samples]`` of each parent."""
-        count, left, right = self.cross.shape
-        batch = CrossMoments(count, left, right, self.own is not None)
+        if not target.shape[-1]:
+            return
+        batch = copy.copy(self)
         batch.count = target.shape[-1]
         batch.absolute_target = target.abs().sum(-1).double()
         mean_target, mean_source = target.mean(-1), source.mean(-1)
@@ -80,10 +81,10 @@ class CrossMoments:
         batch.mean_target, batch.mean_source = mean_target.double(), mean_source.double()
         batch.square_target = target.square().sum(-1).double()
         batch.square_source = source.square().sum(-1).double()
-        batch.cross = torch.matmul(target, source.mT).double()
-        if batch.own is not None:
-            batch.own = torch.matmul(target, target.mT).double()
-        self.add(batch)
+        _add_products(self.cross, target, source)
+        if self.own is not None:
+            _add_products(self.own, target, target)
+        self._combine(batch)
 
     def sent(self, processes: Processes, last: int) -> Iterator[CrossMoments]:
         """Yield the moments that the first ``last`` processes have, in the order of ranks."""
@@ -96,17 +97,24 @@ class CrossMoments:
 
     def add(self, other: CrossMoments) -> None:
         """Add the moments of disjoint samples."""
+        self.cross += other.cross
+        if self.own is not None and other.own is not None:
+            self.own += other.own
+        if other.count:
+            self._combine(other)
+
+    def _combine(self, other: CrossMoments) -> None:
+        """Add all but the products, and what the difference of means adds to these."""
         total = self.count + other.count
-        if not total:
-            return
         shift_target = other.mean_target - self.mean_target
         shift_source = other.mean_source - self.mean_source
         weight = self.count * other.count / total
         self.square_target += other.square_target + weight * shift_target.square()
         self.square_source += other.square_source + weight * shift_source.square()
-        self.cross += other.cross + weight * shift_target.unsqueeze(-1) * shift_source.unsqueeze(-2)
-        if self.own is not None and other.own is not None:
-            self.own += other.own + weight * shift_target.unsqueeze(-1) * shift_target.unsqueeze(-2)
+        left, right = shift_target.unsqueeze(-1), shift_source.unsqueeze(-2)
+        self.cross.baddbmm_(left, right, alpha=weight)
+        if self.own is not None:
+            self.own.baddbmm_(left, left.mT, alpha=weight)
         self.mean_target += shift_target * (other.count / total)
         self.mean_source += shift_source * (other.count / total)
         self.absolute_target += other.absolute_target
@@ -127,6 +135,14 @@ class CrossMoments:
         """Cross-correlation ``[batch, target, source]``, zero for units that do not vary."""
         deviation = self.square_target.sqrt().unsqueeze(-1) * self.square_source.sqrt().unsqueeze(-2)
         return torch.where(deviation > 0, self.cross / deviation.clamp_min(1e-300), 0.0)
+
+
+def _add_products(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add inner products over samples, a few rows at a time: widened at once they would be held thrice."""
+    rows = max(_PRODUCTS // (right.shape[0] * right.shape[1]), 1)
+    for start in range(0, left.shape[1], rows):
+        part = slice(start, start + rows)
+        total[:, part] += torch.matmul(left[:, part], right.mT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +173,7 @@ class Observation:
 
 
 LEAST_SAMPLES = 2  # below, units have no correlation
+_PRODUCTS = 2**22  # numbers that are multiplied before they are added
 
 # Operators after which units are observed. Views and element-wise scalings in between carry nothing new.
 WRITERS = frozenset(
@@ -310,6 +327,8 @@ def gather(
     """
     gathering = _Gathering(parents, target, places, observed or Observe(), own, limit)
     processes, parts = current(), gathering.parts()
+    if limit is not None:
+        give_back_freed()
     turns: Iterable[Sequence[Any]] = _turns(batches, processes.count)
     done = 0
     for part in parts:
@@ -327,9 +346,10 @@ def gather(
             counts.append([None] * len(turn))
             progress("calibrate", done, total * len(parts))
         turns = counts  # the batches themselves are on their way
-        del states
         _check_counts(moments)
+        del states, drawn
         yield moments
+        del moments  # whoever takes them may let go of them before the next stage begins
 
 
 def _check_counts(moments: Sequence[Mapping[Place, CrossMoments]]) -> None:

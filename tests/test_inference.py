@@ -279,9 +279,10 @@ def test_a_large_model_is_planned_on_the_meta_device() -> None:
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     ids = torch.randint(5, 100, (2, 16))
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    # What the processor did: other work beside it does not count.
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     plan = fxfusion.plan(model, (), {"input_ids": ids, "use_cache": False})
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024**2  # GiB, from KiB
     assert len(plan.spaces) == 1 + 4 * 32
     assert plan.covered > 0.999

@@ -56,8 +56,11 @@ def run(folder: Path, count: int, *arguments: str) -> str:
 
 def test_from_file_to_file(tmp_path: Path) -> None:
     paths = [zoo.saved_llama(tmp_path, seed, vocabulary=5000, width=64, layers=2) for seed in (0, 1)]
+    tokens = np.random.default_rng(0).integers(0, 5000, (7, 6))
+    np.savez(tmp_path / "text.npz", input_ids=tokens)
     for count in (1, 2):
         options = ["--stream", "--shard-size", "0.001", "--input", "input_ids=2x6:int64"]
+        options += ["--calibration", "text.npz", "--batch-size", "3", "--max-memory", "0.008"]
         models = [f"hf:{path}" for path in paths]
         printed = run(tmp_path, count, "-m", "fxfusion.cli", "fuse", *models, "-o", f"out-{count}", *options)
         assert printed.count("wrote") == 1

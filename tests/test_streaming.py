@@ -177,7 +177,7 @@ def test_buffers_come_from_the_files(batched: list[Path], tmp_path: Path) -> Non
 DATA = [
     {"input_ids": torch.randint(23, (8, 6), generator=torch.Generator().manual_seed(seed))} for seed in (0, 1)
 ]
-LEAST = 80_000  # bytes; a layer takes half of it
+LEAST = 110_000  # bytes; a layer takes three eighths of it
 
 
 def test_calibrated_as_in_memory(parents: list[Path], tmp_path: Path) -> None:
