@@ -33,6 +33,7 @@ _INTERNAL = re.compile(
     r"hidden_state|attention|past_key_values|pooler_output|_model_output|cache|^encoder_|^extract_features"
     r"|^mems$|^router_|^intermediate_|^rnn_state|^state$|^feature_maps|_loss$"
 )
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -448,3 +449,10 @@ def _output_names(module: fx.GraphModule) -> tuple[str, ...]:
         key = path[0] if path else None
         names.append(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", "output")))))
     return tuple(names)
+
+
+def source_line(node: fx.Node) -> str:
+    """Return ``file:line`` of the model's code that made a node, or an empty string."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    own = [frame for frame in frames if "/torch/" not in frame[0]] or frames
+    return ":".join(own[-1]) if own else ""

@@ -16,13 +16,14 @@ import torch.utils._pytree as pytree
 from torch import fx
 from torch.export import ExportedProgram
 
-from fxfusion.capture import Capture, Model
-from fxfusion.errors import CalibrationMismatchError
+from fxfusion.capture import Capture, Model, source_line
+from fxfusion.errors import CalibrationMismatchError, InputError
 from fxfusion.rules.registry import operator_name
 
 State = Mapping[str, torch.Tensor]
 Observer = Callable[[fx.Node, Sequence[torch.Tensor]], None]
 
+_INVALID = (IndexError, RuntimeError, TypeError, ValueError)  # what operators raise
 _WIDE = {
     torch.float32: torch.float64,
     torch.float16: torch.float64,
@@ -221,7 +222,12 @@ class Program:
         target: Any = node.target
         if self.double:
             target = _IN_DOUBLE.get(operator_name(target), target)
-        value = target(*args, **kwargs)
+        try:
+            value = target(*args, **kwargs)
+        except _INVALID as error:
+            line = source_line(node)
+            place = f"{self.capture.name}: {operator_name(node.target)}" + (f" at {line}" if line else "")
+            raise _refusal(error, place) from error
         if self.double:  # what is created without a dtype is float32 by default
             value = pytree.tree_map(self._cast, value)
         return value
@@ -374,6 +380,14 @@ def _attribute(module: torch.nn.Module, target: str) -> Any:
     return operator.attrgetter(target)(module)
 
 
+def _refusal(error: Exception, place: str) -> Exception:
+    """Return the error to raise for what an operator raised; want of memory is not the inputs' fault."""
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in reason:
+        return MemoryError(f"{place}: {reason}")
+    return InputError(f"{place} fails on these inputs: {reason}: give others")
+
+
 def flat_outputs(model: Model, args: Sequence[object], kwargs: Mapping[str, object]) -> list[object]:
     """Run a parent in evaluation, and leave no trace: flags and counting buffers are put back."""
     module: torch.nn.Module = model.module() if isinstance(model, ExportedProgram) else model
@@ -386,6 +400,8 @@ def flat_outputs(model: Model, args: Sequence[object], kwargs: Mapping[str, obje
     try:
         with torch.no_grad():
             return pytree.tree_leaves(module(*args, **kwargs))
+    except _INVALID as error:
+        raise _refusal(error, type(module).__name__) from error
     finally:
         for name, buffer in module.named_buffers():
             if name in buffers and not torch.equal(buffer, buffers[name]):

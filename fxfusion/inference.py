@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Sequence
 from operator import getitem
 from typing import Any
@@ -14,7 +13,7 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from fxfusion.axes import Axis, Constant, Reason, is_free
-from fxfusion.capture import Capture
+from fxfusion.capture import Capture, source_line
 from fxfusion.decomposition import Decomposer
 from fxfusion.errors import NotationError, RuleError
 from fxfusion.rules import Context, Typed, find_rule, operator_name
@@ -24,7 +23,6 @@ from fxfusion.rules.meaning import apply, expose
 MAXIMAL_SWEEPS = 10
 LARGEST_FOLDED = 1 << 22  # elements of a constant whose values are looked at
 DEEPEST_DECOMPOSITION = 5  # operators inside of operators
-_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
 @dataclasses.dataclass(eq=False)
@@ -394,13 +392,6 @@ def _read_outputs(node: fx.Node) -> frozenset[int] | None:
     ):
         return None
     return frozenset(user.args[1] for user in node.users)  # type: ignore[misc]
-
-
-def source_line(node: fx.Node) -> str:
-    """Return ``file:line`` of the model's code that made a node, or an empty string."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    own = [frame for frame in frames if "/torch/" not in frame[0]] or frames
-    return ":".join(own[-1]) if own else ""
 
 
 def _hint(value: Any) -> Any:

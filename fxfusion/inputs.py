@@ -396,10 +396,11 @@ def _transformers_example(model: Any, generator: torch.Generator) -> Example:
         return Example((), constants, {})
     tensors = {main: make(model.config, generator)}
     if main == "input_ids":
+        tokens = tensors[main].shape
         if "attention_mask" in names:
-            tensors["attention_mask"] = torch.ones(BATCH, TOKENS, dtype=torch.int64)
+            tensors["attention_mask"] = torch.ones(tokens, dtype=torch.int64)
         if "bbox" in names:
-            tensors["bbox"] = torch.zeros(BATCH, TOKENS, 4, dtype=torch.int64)
+            tensors["bbox"] = torch.zeros(*tokens, 4, dtype=torch.int64)
         if "pixel_values" in names and (
             hasattr(model.config, "vision_config") or hasattr(model.config, "image_size")
         ):
@@ -414,6 +415,9 @@ def _tokens(config: Any, generator: torch.Generator, length: int = TOKENS) -> Te
     vocabulary = getattr(config, "vocab_size", None) or getattr(text, "vocab_size", None) or BATCH
     # The first few ids are padding, start and end in most vocabularies, which some models search for.
     low = min(5, vocabulary // 2)
+    positions = getattr(text, "max_position_embeddings", None)
+    if isinstance(positions, int) and positions > 0:
+        length = min(length, max(positions - 4, 1))  # some count positions from behind the padding's
     return torch.randint(low, vocabulary, (BATCH, length), generator=generator)
 
 

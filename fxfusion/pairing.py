@@ -25,10 +25,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxfusion.capture import Capture
+from fxfusion.capture import Capture, source_line
 from fxfusion.errors import ArchitectureMismatchError, WidthMismatchError
 from fxfusion.execution import State
-from fxfusion.inference import source_line
 from fxfusion.layout import AxisBlock, Block
 from fxfusion.plan import Gains, PairedPlan, Plan, Role
 from fxfusion.rules.registry import operator_name

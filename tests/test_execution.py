@@ -10,8 +10,8 @@ from torch import fx, nn
 
 import fxfusion
 from fxfusion.capture import capture
-from fxfusion.errors import CalibrationMismatchError
-from fxfusion.execution import Program
+from fxfusion.errors import CalibrationMismatchError, InputError
+from fxfusion.execution import Program, flat_outputs
 
 
 class Masked(nn.Module):
@@ -234,3 +234,14 @@ def test_states_and_module_are_not_written() -> None:
     for name, tensor in states_of(model).items():
         assert torch.equal(tensor, before[name])
         assert tensor.dtype is before[name].dtype
+
+
+def test_inputs_that_an_operator_refuses() -> None:
+    model = Tied().eval()
+    found = capture(model, (torch.tensor([[1, 2], [3, 4]]),))
+    with pytest.raises(InputError, match=r"Tied: embedding at \S+test_execution\.py:\d+ fails"):
+        Program(found).run([model.state_dict()], (torch.tensor([[1, 9]]),), {})
+    with pytest.raises(InputError, match="Tied fails on these inputs: index out of range"):
+        flat_outputs(model, (torch.tensor([[1, 9]]),), {})
+    with pytest.raises(InputError, match="Tied fails on these inputs"):
+        fxfusion.fuse([model, Tied().eval()], (torch.tensor([[1, 9]]),))
