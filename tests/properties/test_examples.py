@@ -46,6 +46,19 @@ def test_solvers_are_compared(capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert all(row[5].split()[0] == "0" for row in rows)  # as good as SciPy's
 
 
+def test_passes_run_in_a_pipeline_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(EXAMPLES / "compile_and_export.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert printed.count("agrees: True") == 3
+
+
+def test_a_fused_program_runs_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(EXAMPLES / "deploy.py"), run_name="__main__")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "images:" in line]
+    assert len(lines) == 4
+    assert all(float(line.split()[-1]) < 1e-5 for line in lines)
+
+
 def test_a_fused_network_is_fine_tuned(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
