@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fxfusion.processes import Processes
     from fxfusion.recipes import Recipe
     from fxfusion.references import ResolvedModel
+    from fxfusion.report import FusionReport
 
 
 class _Group(TyperGroup):
@@ -53,7 +54,6 @@ app = typer.Typer(
     "package.module:factory\\[@weights.safetensors] or a FILE.pt2. Options of a timm model or factory follow "
     "a question mark: 'timm:resnet18?num_classes=10'.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -144,6 +144,10 @@ GroupOption = Annotated[
 ]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Say what would be done, and what it takes; reads no weights.")
+]
+ReportOption = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Write the report (with --dry-run: what it takes) as JSON."),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Same inputs and seed, same result.")]
 
@@ -378,6 +382,7 @@ def fuse(
     outputs: OutputsOption = None,
     seed: SeedOption = 0,
     dry_run: DryRunOption = False,
+    json_file: ReportOption = None,
 ) -> None:
     """Fuse models into one: writes OUT and an HTML report beside it, both or neither.
 
@@ -416,18 +421,19 @@ def fuse(
         outputs=_names(outputs),
         seed=seed,
     )
-    _carry_out(recipe, dry_run)
+    _carry_out(recipe, dry_run, json_file)
 
 
 @app.command(epilog="Example: fxfusion run merge.toml --dry-run")
 def run(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML file, see the README.")],
     dry_run: DryRunOption = False,
+    json_file: ReportOption = None,
 ) -> None:
     """Fuse models as a recipe says: the options of fuse, and couplings by space, in a file."""
     from fxfusion.recipes import Recipe
 
-    _carry_out(Recipe.read(recipe), dry_run)
+    _carry_out(Recipe.read(recipe), dry_run, json_file)
 
 
 @app.command(
@@ -650,17 +656,23 @@ def _processes() -> Iterator[tuple[Processes, Console]]:
         yield processes, Console(quiet=not processes.leads)
 
 
-def _carry_out(recipe: Recipe, dry_run: bool) -> None:
+def _carry_out(recipe: Recipe, dry_run: bool, json_file: Path | None) -> None:
     """Fuse as a recipe says, or say what that takes."""
+    if json_file is not None:
+        _check_parent(json_file)
     if dry_run:
-        _foretell(recipe)
-    elif recipe.stream:
-        _fuse_files(recipe)
-    else:
-        _fuse_loaded(recipe)
+        _foretell(recipe, json_file)
+        return
+    with _processes() as (processes, console):
+        report, written = (_fuse_files if recipe.stream else _fuse_loaded)(recipe, processes, console)
+        console.print(report.table())
+        if json_file is not None:
+            processes.once(lambda: write_text(json_file, report.to_json(timings=True)))
+            written = (*written, json_file)
+    console.print(f"wrote {' and '.join(map(str, written))}", highlight=False)
 
 
-def _foretell(recipe: Recipe) -> None:
+def _foretell(recipe: Recipe, json_file: Path | None) -> None:
     """Print the plan of the target, and what a fusion takes."""
     console = Console()
     with _status(console, "planning"):
@@ -669,12 +681,18 @@ def _foretell(recipe: Recipe) -> None:
         found, foretold = estimate(recipe)
     _print_plan(console, recipe.models[recipe.target], found)
     console.print(foretold.table())
-    console.print("nothing was read or written", highlight=False)
+    if json_file is not None:
+        content = {**dataclasses.asdict(foretold), "seconds": foretold.seconds}
+        write_text(json_file, json.dumps(content, indent=2) + "\n")
+        console.print(f"wrote {json_file}", highlight=False)
+    console.print("no weights were read, nothing was fused", highlight=False)
 
 
-def _fuse_loaded(recipe: Recipe) -> None:
-    """Fuse models in memory."""
-    with _processes() as (processes, console), _progress(console) as progress:
+def _fuse_loaded(
+    recipe: Recipe, processes: Processes, console: Console
+) -> tuple[FusionReport, tuple[Path, ...]]:
+    """Fuse models in memory; return the report, and where it and the weights are."""
+    with _progress(console) as progress:
         import fxfusion
         from fxfusion import references
 
@@ -700,17 +718,18 @@ def _fuse_loaded(recipe: Recipe) -> None:
             **recipe.options(),
         )
         report = processes.once(lambda: _write(target, result, recipe.output))
-    console.print(result.report.table())
-    console.print(f"wrote {recipe.output} and {report}", highlight=False)
+    return result.report, (recipe.output, report)
 
 
-def _fuse_files(recipe: Recipe) -> None:
-    """Fuse from file to file."""
+def _fuse_files(
+    recipe: Recipe, processes: Processes, console: Console
+) -> tuple[FusionReport, tuple[Path, ...]]:
+    """Fuse from file to file; return the report, and where everything is."""
     from fxfusion import references
     from fxfusion.streaming import fuse_files
 
     _check_parent(recipe.output)
-    with _processes() as (_, console), _progress(console) as progress:
+    with _progress(console) as progress:
         found = [references.resolve_hollow(model) for model in recipe.models]
         for resolved, _ in found:
             if resolved.reads(recipe.output):
@@ -733,8 +752,7 @@ def _fuse_files(recipe: Recipe) -> None:
             memory=int(recipe.max_memory * 1e9),
             progress=progress,
         )
-    console.print(report.table())
-    console.print(f"wrote {recipe.output}", highlight=False)
+    return report, (recipe.output,)
 
 
 def _write(target: ResolvedModel, result: Any, output: Path) -> Path:
@@ -903,10 +921,24 @@ def _status(console: Console, text: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _progress(console: Console) -> Iterator[Progress]:
     """Yield a callback ``(stage, done, total)`` that draws one bar per stage."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TaskID,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
     from rich.progress import Progress as Bars
 
-    columns = (TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description:24}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
     tasks: dict[str, TaskID] = {}
     with Bars(*columns, console=console) as bars:
 

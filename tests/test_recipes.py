@@ -180,8 +180,14 @@ def test_a_recipe_fuses_as_options_do(tmp_path: Path) -> None:
     assert ran.exit_code == 0, ran.output
     models = [f"hf:{tmp_path / str(seed)}" for seed in (0, 1)]
     options = ["--weights", "3,1", "--target", "0", "--input", "input_ids=2x6:int64"]
+    options += ["--json", str(tmp_path / "report.json")]
     other = CliRunner().invoke(app, ["fuse", *models, "-o", str(tmp_path / "other"), *options])
     assert other.exit_code == 0, other.output
+    assert "report.json" in other.output
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["weights"] == [0.75, 0.25]
+    assert report["seconds"]
+    assert len(report["spaces"]) == 5
     first, second = read_weights(tmp_path / "out"), read_weights(tmp_path / "other")
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -210,9 +216,13 @@ def test_a_dry_run_reads_and_writes_nothing(tmp_path: Path, stream: bool) -> Non
     for seed in (0, 1):  # a weight that could be read no more
         weights = tmp_path / str(seed) / "model.safetensors"
         weights.write_bytes(b"\xff" * weights.stat().st_size)
-    ran = CliRunner().invoke(app, ["run", str(path), "--dry-run"])
+    ran = CliRunner().invoke(app, ["run", str(path), "--dry-run", "--json", str(tmp_path / "takes.json")])
     assert ran.exit_code == 0, ran.output
     assert "what it takes" in ran.output
+    takes = json.loads((tmp_path / "takes.json").read_text())
+    assert takes["parents"] == 2
+    assert takes["memory"] > 0
+    assert takes["seconds"] > 0
     assert "free spaces" in ran.output
     assert not (tmp_path / "out").exists()
     (tmp_path / "0" / "model.safetensors").unlink()
