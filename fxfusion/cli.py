@@ -375,7 +375,7 @@ def fuse(
             "--max-memory",
             min=0.001,
             metavar="GB",
-            help="Of calibration, with --stream: beyond it, data wait in files beside OUT.",
+            help="With --stream, of calibration and of weights in comparison: the rest waits in files.",
         ),
     ] = 4.0,
     given: InputOption = None,

@@ -154,7 +154,7 @@ def _memory(recipe: Recipe, held: int, numbers: Sequence[int], units: Sequence[i
     count, solver = len(recipe.models), 3 * 8 * max(units, default=0) ** 2
     if not recipe.stream:
         return 2 * held + solver + (8 * (count - 1) * sum(number**2 for number in units))
-    compared = min(MEMORY, 4 * 2 * sum(numbers))
+    compared = min(MEMORY, int(recipe.max_memory * 1e9 / 2), 4 * 2 * sum(numbers))
     compared += int(4 * 4 * max(numbers) + min(recipe.shard_size * 1e9, held / count) + solver)
     return compared if recipe.calibration is None else max(compared, int(recipe.max_memory * 1e9))
 

@@ -49,6 +49,7 @@ from fxfusion.state import FusionState
 from fxfusion.statistics import gather, observations
 from fxfusion.stored import StoredWeights
 from fxfusion.symmetry import act
+from fxfusion.transport.cost import MEMORY
 from fxfusion.transport.hierarchy import Coupling
 from fxfusion.transport.joint import Alignment, align
 from fxfusion.transport.map import HardMap, Map, SoftMap
@@ -130,7 +131,8 @@ def fuse_files(
         As for :func:`fxfusion.fuse`. All batches go through one stage of the network, then through the next:
         see :func:`fxfusion.statistics.gather`. Activations between stages, and costs, are kept in files.
     memory : int
-        How many bytes calibration may take for weights, statistics and activations between stages.
+        How many bytes calibration may take for weights, statistics and activations between stages. Half of it
+        holds weights while these are compared, a gibibyte at most.
 
     Returns
     -------
@@ -272,7 +274,14 @@ def _solve(work: _Work, batches: Batches | None, memory: int) -> None:
             continue
         if index not in kept:
             kept[index] = align(
-                parent.plan, own, parent.state, Coupling(), None, work.progress, observed[index]
+                parent.plan,
+                own,
+                parent.state,
+                Coupling(),
+                None,
+                work.progress,
+                observed[index],
+                min(MEMORY, memory // 2),
             )
             processes.once(functools.partial(_keep_transports, file, kept))
         state.alignments.append(kept[index])

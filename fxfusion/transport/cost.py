@@ -28,7 +28,7 @@ from fxfusion.transport.map import Maps, innermost, scope_dimensions, transport_
 
 State = Mapping[str, torch.Tensor]
 
-MEMORY = 2**30  # bytes of parameters in float32 that are kept rather than read and widened anew
+MEMORY = 2**30
 
 
 def activation_cost(plan: Plan, space: Space, moments: Sequence[CrossMoments]) -> Ground:
@@ -87,11 +87,14 @@ class WeightCost:
     plan : Plan
     target, source : mapping of str to torch.Tensor
         Weights by the names that the graph uses.
+    memory : int
+        Bytes of parameters in float32 that are kept rather than read and widened anew.
     """
 
     plan: Plan
     target: State
     source: State
+    memory: int = MEMORY
 
     def __post_init__(self) -> None:
         self._reading = reading_axes(self.plan)
@@ -212,7 +215,7 @@ class WeightCost:
         found = _Comparable(value, 1.0 / size) if size > 1e-7 else None
         self._known[key] = found
         self._held += 0 if found is None else found.value.nbytes
-        while self._held > MEMORY and len(self._known) > 1:
+        while self._held > self.memory and len(self._known) > 1:
             _, dropped = self._known.popitem(last=False)
             self._held -= 0 if dropped is None else dropped.value.nbytes
         return found

@@ -18,7 +18,7 @@ from fxfusion.plan import Plan, Symmetry
 from fxfusion.processes import current
 from fxfusion.progress import Progress, silent
 from fxfusion.statistics import CrossMoments
-from fxfusion.transport.cost import State, WeightCost
+from fxfusion.transport.cost import MEMORY, State, WeightCost
 from fxfusion.transport.hierarchy import (
     Coupling,
     Ground,
@@ -70,6 +70,7 @@ def align(
     moments: Mapping[str, Sequence[CrossMoments]] | None = None,
     progress: Progress = silent,
     observed: Mapping[str, Ground] | None = None,
+    memory: int = MEMORY,
 ) -> Alignment:
     """Solve the transport of every space from one parent into the target's basis.
 
@@ -85,22 +86,25 @@ def align(
     progress : callable, optional
     observed : mapping of str to Ground, optional
         Costs of activations by space, where moments were not kept; for plans without rotations.
+    memory : int
+        As for :class:`fxfusion.transport.cost.WeightCost`.
 
     Returns
     -------
     Alignment
     """
+    weights = functools.partial(WeightCost, target=target, source=source, memory=memory)
     if plan.rotates:
         assert observed is None, "permutations and rotations are solved by different costs"
         # Weights cannot be compared along axes that may turn, in whatever order: permutations come first.
         first = _permuting(plan)
         costs = observed_costs(first, moments or {})
-        begun = _align(first, target, source, coupling, costs, progress, None)
+        begun = _align(first, coupling, weights(first), costs, progress, None)
         costs = observed_costs(plan, moments or {})
-        return _align(plan, target, source, coupling, costs, progress, begun.solutions).alignment
+        return _align(plan, coupling, weights(plan), costs, progress, begun.solutions).alignment
     if observed is None:
         observed = observed_costs(plan, moments or {})
-    return _align(plan, target, source, coupling, observed, progress, None).alignment
+    return _align(plan, coupling, weights(plan), observed, progress, None).alignment
 
 
 def _permuting(plan: Plan) -> Plan:
@@ -111,15 +115,14 @@ def _permuting(plan: Plan) -> Plan:
 
 def _align(
     plan: Plan,
-    target: State,
-    source: State,
     coupling: Coupling,
+    weights: WeightCost,
     observed: Mapping[str, Ground],
     progress: Progress,
     begun: Mapping[str, Solution] | None,
 ) -> _Solver:
     """Solve the transports of all spaces, from solutions found before if there are any."""
-    solver = _Solver(plan, coupling, WeightCost(plan, target, source), observed)
+    solver = _Solver(plan, coupling, weights, observed)
     generations, done, processes = solver.generations(), 0, current()
     for trees_now in generations:
         started = processes.share(
