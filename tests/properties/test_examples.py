@@ -78,3 +78,21 @@ def test_trainer_takes_a_fused_network(
     printed = capsys.readouterr().out
     assert "fused, tuned on labels" in printed
     assert "fused, distilled" in printed
+
+
+def test_the_idea_fits_in_one_file(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert len((EXAMPLES / "from_scratch.py").read_text().splitlines()) <= 300
+    monkeypatch.setattr("sys.argv", ["from_scratch.py", "--steps", "60"])
+    runpy.run_path(str(EXAMPLES / "from_scratch.py"), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    spaces = [line for line in lines if line.startswith("free space of 32 units")]
+    assert len(spaces) == 3  # the stream, and the hidden channels of two blocks
+    changes = [line.split() for line in lines if line.startswith("outputs change by")]
+    assert len(changes) == 2
+    assert all(float(words[3].rstrip(",")) < 1e-9 and float(words[-1]) > 1e-3 for words in changes)
+    accuracy = {line[:24].strip(): float(line.split()[-2]) for line in lines if line.endswith("%")}
+    assert min(accuracy["parent 0"], accuracy["parent 1"]) > 85
+    assert accuracy["fused by activations"] > accuracy["vanilla average"] + 20
+    assert accuracy["fused by weights"] > accuracy["vanilla average"] + 10
