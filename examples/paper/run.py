@@ -72,6 +72,8 @@ class Study:
         Unlabelled samples that they are learned on.
     picture : Path
         Where a picture goes.
+    only : str
+        Part of the names of what is trained on; all by default.
     """
 
     task: Task
@@ -82,6 +84,7 @@ class Study:
     picture: Path
     refinement: fxfusion.Refinement = dataclasses.field(default_factory=fxfusion.Refinement)
     refined_on: int = 2000
+    only: str = ""
 
     def parent(self, seed: int, size: Size | None = None) -> nn.Module:
         """Return a trained network."""
@@ -329,15 +332,22 @@ def tuning(study: Study, teach: bool = False) -> Scores:
     scores: Scores = {}
     for left, right in study.each():
         study.add(scores, "ensemble", left, right)
-        starts = {
-            "better parent": max(left, right, key=lambda model: study.task.score(model)[0]),
+        better = max(left, right, key=lambda model: study.task.score(model)[0])
+        starts: dict[str, dict[str, Any] | nn.Module] = {
+            "better parent": better,
             "vanilla average": average([left, right]),
-            "fused, hard": fuse(study.task, [left, right], right),
-            "fused, soft": fuse(study.task, [left, right], right, coupling="soft"),
-            "fused, learned": fuse(study.task, [left, right], right, **study.learning),
+            "fused, hard": {},
+            "fused, soft": {"coupling": "soft"},
+            "fused, learned": study.learning,
         }
-        for name, start in starts.items():
-            study.add(scores, f"{name}, step 0", start)
+        for name, made in starts.items():
+            if made is better:
+                study.add(scores, f"{name}, step 0", better)
+            if study.only not in name:
+                continue
+            start = made if isinstance(made, nn.Module) else fuse(study.task, [left, right], right, **made)
+            if start is not better:
+                study.add(scores, f"{name}, step 0", start)
             learner = copy.deepcopy(start)
             teachers = [left, right] if teach else None
 
@@ -466,6 +476,7 @@ def main(
     untie: Annotated[bool, typer.Option(help="Untie the output embeddings of trained parents.")] = False,
     refine: Annotated[int, typer.Option(help="Steps in which transports are learned.")] = 400,
     samples: Annotated[int, typer.Option(help="Unlabelled samples that they are learned on.")] = 2000,
+    only: Annotated[str, typer.Option(help="Train on what has this in its name alone.")] = "",
     checkpoints: Annotated[Path | None, typer.Option(help="Where parents are kept.")] = None,
     output: Annotated[Path | None, typer.Option(help="Markdown file to write the table to.")] = None,
 ) -> None:
@@ -484,9 +495,8 @@ def main(
     place = output.parent if output is not None else Path()
     picture = place / f"landscape-{task}.png"
     learning = fxfusion.Refinement(steps=refine)
-    study = Study(
-        found, pairs, checkpoints, tuning_steps, tuning_rate or found.rate / 3, picture, learning, samples
-    )
+    rate = tuning_rate or found.rate / 3
+    study = Study(found, pairs, checkpoints, tuning_steps, rate, picture, learning, samples, only)
     scores = TABLES[table](study)
     shown = Table("network", *_columns(scores), title=f"{table}, {task}")
     for row in _cells(scores):
