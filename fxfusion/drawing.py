@@ -36,12 +36,10 @@ COLLAPSE_ABOVE = 150
 _OPERATOR_SYMBOLS = {"add": "+", "sub": "−", "mul": "×", "div": "÷", "cat": "‖", "where": "?"}
 _SYMMETRY_STYLES = {
     "permutation": "permutation",
-    "permutation_scale": "scale",
-    "scale": "scale",
-    "positive_scale": "scale",
+    "permutation, positive scale": "scale",
     "orthogonal": "orthogonal",
-    "general_linear": "linear",
-    "linear": "linear",
+    "orthogonal, mean fixed": "orthogonal",
+    "general linear": "linear",
     "fixed": "fixed",
 }
 # Per style: stroke and fill on light paper, stroke and fill on dark paper.
@@ -379,18 +377,17 @@ def _sketch(graph: nx.MultiDiGraph, collapse: bool | None) -> _Sketch:
 def _space_node(key: str, attributes: Mapping[str, Any]) -> _Node:
     symmetry = str(attributes.get("symmetry", "fixed"))
     scope = list(attributes.get("scope", []))
-    name = symmetry.replace("_", " ")
     size = f"{attributes.get('size', '?')}"
     lines = (
-        ("size", f"{size} · {name}"),
+        ("size", f"{size} · {symmetry}"),
         ("path", _shortened(_name(key), 30)),
-        ("detail", f"{size} units, {name}"),
+        ("detail", f"{size} units, {symmetry}"),
     )
-    tooltip = f"space {_name(key)}\n{size} units, {name}"
+    tooltip = f"space {_name(key)}\n{size} units, {symmetry}"
     if scope:
         tooltip += f"\nmay differ for every unit of {', '.join(scope)}"
-    style = _SYMMETRY_STYLES.get(symmetry.lower().replace(" ", "_"), "other")
-    return _Node(key, "space", style, name, bool(scope), lines, tooltip, _width(lines[:2], 34, 120), 42)
+    style = _SYMMETRY_STYLES.get(symmetry, "other")
+    return _Node(key, "space", style, symmetry, bool(scope), lines, tooltip, _width(lines[:2], 34, 120), 42)
 
 
 def _parameter_node(key: str, attributes: Mapping[str, Any]) -> _Node:

@@ -87,7 +87,7 @@ def flow_graph(
         graph.add_node(name, kind="parameter", shape=list(layout.shape))
     for space in spaces:
         graph.add_node(
-            f"space:{space.name}",
+            space_node(space.name),
             kind="space",
             size=space.size,
             symmetry=space.symmetry.value,
@@ -99,6 +99,11 @@ def flow_graph(
             _visit(walk, node, capture, inferred, names)
     _close(walk, spaces)
     return graph
+
+
+def space_node(name: str) -> str:
+    """Return the node of a space: it may be named as a parameter is."""
+    return f"space:{name}"
 
 
 def _held(axes: Iterable[Axis], names: Mapping[Leaf, str]) -> set[str]:
@@ -167,7 +172,7 @@ def _close(walk: _Walk, spaces: Sequence[Space]) -> None:
         for source, through in sources.items():
             ends.setdefault(name, {}).setdefault(source, through)
     for space in spaces:
-        key = f"space:{space.name}"
+        key = space_node(space.name)
         for source, through in ends.get(space.name, {}).items():
             reads_only = not source.startswith("join:") and all(
                 incidence.role is Role.READS

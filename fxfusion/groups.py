@@ -17,6 +17,7 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from fxfusion.capture import Capture
+from fxfusion.flow import space_node
 from fxfusion.holding import KEEPING, METADATA, Held, operands_of
 from fxfusion.layout import AxisBlock, Block, Factor, ParameterLayout
 from fxfusion.plan import Fold, Plan, Role, Scaling, Space, Symmetry
@@ -129,7 +130,10 @@ def enlarge(capture: Capture, plan: Plan, accepts: Callable[[Fold], bool] = lamb
     )
     layouts = {name: _emptied(layout) if name in folded else layout for name, layout in plan.layouts.items()}
     ways = tuple(way for group in found.values() for way in group.scalings)
-    return dataclasses.replace(plan, spaces=spaces, layouts=layouts, folds=folds, scalings=ways)
+    graph = plan.graph.copy()
+    for space in spaces:
+        graph.nodes[space_node(space.name)]["symmetry"] = space.symmetry.value
+    return dataclasses.replace(plan, spaces=spaces, layouts=layouts, folds=folds, scalings=ways, graph=graph)
 
 
 def _emptied(layout: ParameterLayout) -> ParameterLayout:

@@ -52,8 +52,8 @@ def fusion_report(
                 scope=space.scope,
                 writers=tuple(dict.fromkeys(name for name, role in roles if role != "reads")),
                 readers=tuple(dict.fromkeys(name for name, role in roles if role != "writes")),
-                cost_before=_mean([item.before[space.name] for item in solved]),
-                cost_after=_mean([item.after[space.name] for item in solved]),
+                cost_before=max(_mean([item.before[space.name] for item in solved]), 0.0),  # but for rounding
+                cost_after=max(_mean([item.after[space.name] for item in solved]), 0.0),
                 moved=_mean([item.maps[space.name].moved for item in solved]),
             )
         )

@@ -12,7 +12,7 @@
 :mod:`~fxfusion.passes.refine`            learn further transports on unlabelled data
 :mod:`~fxfusion.passes.restore`           give all parents the target's own factors
 :mod:`~fxfusion.passes.merge`             average the aligned parents into the graph's parameters
-:mod:`~fxfusion.passes.repair`            re-estimate batch-normalisation statistics
+:mod:`~fxfusion.passes.repair`            correct statistics of batch normalisations, and of units
 ==============================  ==========================================================
 
 Each subclasses :class:`torch.fx.passes.infra.pass_base.PassBase` (through

@@ -31,6 +31,8 @@ MODULES = sorted(
 )
 SHORTER = {r"refine=\d+": "refine=2", r'method="learned"\)': 'method="learned", refine=2)'}
 """How blocks are changed to end soon."""
+DAILY = ROOT / "README.md"
+"""The page whose blocks run every day; all others run at night."""
 LONG = ("fxfusion sweep", "fxfusion demo", "fxfusion fuse timm", "torchrun")
 """Commands of minutes, which the nightly run runs."""
 ELSEWHERE = ("pip install", "python examples/", "python -m pytest", "mkdocs", "git ")
@@ -67,7 +69,7 @@ def commands() -> list[Any]:
     for block in blocks("bash"):
         for number, line in enumerate(block.text.replace("\\\n", " ").splitlines()):
             if line.strip() and not line.startswith((*ELSEWHERE, "#")):
-                marks = [pytest.mark.nightly] if line.startswith(LONG) else []
+                marks = [pytest.mark.nightly] if line.startswith(LONG) or block.page != DAILY else []
                 found.append(pytest.param(line, marks=marks, id=f"{block}+{number}"))
     return found
 
@@ -117,7 +119,13 @@ def names() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("block", blocks("python"), ids=str)
+@pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param(block, id=str(block), marks=[] if block.page == DAILY else [pytest.mark.nightly])
+        for block in blocks("python")
+    ],
+)
 def test_python(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = block.text

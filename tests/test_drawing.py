@@ -12,8 +12,12 @@ import xml.etree.ElementTree as ElementTree
 import networkx as nx
 import pytest
 
+import fxfusion
 from fxfusion import drawing
 from fxfusion.drawing import collapse_modules, from_json, to_dot, to_json, to_mermaid, to_svg
+from fxfusion.flow import space_node
+from fxfusion.plan import Symmetry
+from tests import zoo
 
 SVG = "{http://www.w3.org/2000/svg}"
 NASTY = "a<b>&\"'\\`#; ]]>\x00\n|é"
@@ -349,3 +353,16 @@ def test_two_streams_that_read_each_other_are_drawn() -> None:
     connect(graph, ["a"], ["into_b.weight", "into_a.weight"], "reads")
     connect(graph, ["b"], ["into_a.weight", "into_b.weight"], "reads")
     assert len(boxes(to_svg(graph))) == graph.number_of_nodes()
+
+
+def test_larger_groups_are_drawn_as_what_they_are() -> None:
+    plan = fxfusion.plan(zoo.build("hf_vit"), *zoo.inputs("hf_vit"), symmetry="largest")
+    assert {space.symmetry for space in plan.spaces} > {Symmetry.CENTRED, Symmetry.LINEAR}
+    for space in plan.spaces:
+        assert plan.graph.nodes[space_node(space.name)]["symmetry"] == space.symmetry.value
+    assert "orthogonal, mean fixed" in drawing.to_mermaid(plan.graph)
+    assert {item.value for item in Symmetry} == set(drawing._SYMMETRY_STYLES)
+    smaller = fxfusion.plan(zoo.build("hf_vit"), *zoo.inputs("hf_vit"))
+    assert {smaller.graph.nodes[space_node(space.name)]["symmetry"] for space in smaller.spaces} == {
+        "permutation"
+    }
