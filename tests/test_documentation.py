@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import fxfusion
@@ -186,6 +187,17 @@ def run_in_processes(words: list[str]) -> None:
 
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:]]
     subprocess.run(command, check=True, timeout=600)
+
+
+def test_the_page_of_the_command_line_knows_every_option() -> None:
+    page = (ROOT / "docs" / "pages" / "reference" / "command-line.md").read_text(encoding="utf-8")
+    group = get_command(app)
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        assert f"## fxfusion {name}\n" in page
+        section = page.split(f"## fxfusion {name}\n")[1].split("\n## ")[0]
+        for parameter in command.params:
+            for option in parameter.opts:
+                assert not option.startswith("--") or option in section, (name, option)
 
 
 def test_blocks_are_found() -> None:
