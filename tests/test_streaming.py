@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -212,17 +213,6 @@ def test_a_memory_limit_that_is_too_low(parents: list[Path], tmp_path: Path) -> 
     assert not (tmp_path / "out").exists()
 
 
-def test_other_calibration_data_are_another_job(parents: list[Path], tmp_path: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streaming, "take_place", stop)
-        with pytest.raises(Killed):
-            fuse(parents, tmp_path / "out", calibration=DATA)
-    fuse(parents, tmp_path / "out", calibration=DATA[:1])
-    fuse(parents, tmp_path / "fresh", calibration=DATA[:1])
-    found, fresh = content(tmp_path / "out"), content(tmp_path / "fresh")
-    assert {**found, "README.md": b""} == {**fresh, "README.md": b""}
-
-
 def test_statistics_of_batch_normalisations_are_said_to_be_averages(
     batched: list[Path], tmp_path: Path
 ) -> None:
@@ -334,23 +324,32 @@ def test_a_run_that_ended_just_before_tidying_up(parents: list[Path], tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("change", ["parent", "option", "shard"])
-def test_another_job_begins_anew(parents: list[Path], tmp_path: Path, change: str) -> None:
-    paths = [shutil.copytree(path, tmp_path / path.name) for path in parents]
+@pytest.mark.parametrize("change", ["parent", "option", "shard", "data"])
+def test_another_job_begins_anew(batched: list[Path], tmp_path: Path, change: str) -> None:
+    paths = [Path(shutil.copy(path, tmp_path / path.name)) for path in batched]
+    options: dict[str, Any] = {}
+
+    def run(out: str) -> None:
+        models = [hollow(Batched) for _ in paths]
+        streaming.fuse_files(paths, tmp_path / out, models, (torch.ones(4, 5),), shard_bytes=200, **options)
+
+    if change == "data":
+        options["calibration"] = [torch.randn(8, 5)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(streaming, "take_place", stop)
         with pytest.raises(Killed):
-            fuse(paths, tmp_path / "out")
-    options: dict[str, object] = {}
+            run("out")
     if change == "parent":
-        llama(9).save_pretrained(paths[0], max_shard_size="4KB")
+        save_weights(batch_norm_network(9).state_dict(), paths[0])
     elif change == "option":
         options["weights"] = [1, 2]
+    elif change == "data":
+        options["calibration"] = [torch.randn(8, 5)]
     else:
         shard = next((tmp_path / ".out.partial" / "result").glob("model-00002*"))
         shard.write_bytes(shard.read_bytes()[:-4] + b"0000")
-    fuse(paths, tmp_path / "out", **options)
-    fuse(paths, tmp_path / "fresh", **options)
+    run("out")
+    run("fresh")
     found, fresh = content(tmp_path / "out"), content(tmp_path / "fresh")
     assert {**found, "README.md": b""} == {**fresh, "README.md": b""}
 

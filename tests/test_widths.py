@@ -211,8 +211,17 @@ def test_a_narrow_parent_keeps_its_function_in_a_wide_network(name: str, sizes: 
     assert (unrelated - expected).abs().max() > 0.1 * scale
 
 
-@pytest.mark.parametrize("options", [{}, {"flow": fxfusion.Flow()}], ids=["joint", "flow"])
-@pytest.mark.parametrize("name", ["convolutions", "vit", "gpt2, tied"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        pytest.param("convolutions", {}, id="convolutions, joint"),
+        pytest.param("convolutions", {"flow": fxfusion.Flow()}, id="convolutions, flow"),
+        pytest.param("vit", {}, id="vit, joint"),
+        pytest.param("vit", {"flow": fxfusion.Flow()}, id="vit, flow", marks=pytest.mark.nightly),
+        pytest.param("gpt2, tied", {}, id="gpt2, joint", marks=pytest.mark.nightly),
+        pytest.param("gpt2, tied", {"flow": fxfusion.Flow()}, id="gpt2, flow"),
+    ],
+)
 def test_a_network_of_copies_is_narrowed_to_what_was_copied(name: str, options: dict[str, Any]) -> None:
     """Widened exactly, its units come in groups of equal ones: narrowing finds them."""
     narrow, kwargs = make(name, (8, 2, 12), 0), MODELS[name][1]
