@@ -223,7 +223,7 @@ def plan(
     _print_plan(console, model, found)
     for function, path in wanted.items():
         _draw(function, found, path)
-        console.print(f"wrote {path}", highlight=False)
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 
 @app.command(epilog="Example: fxfusion explain timm:vit_tiny_patch16_224 pos_embed")
@@ -258,7 +258,7 @@ def explain(
         console.print(_summary(explained))
     if json_file is not None:
         _write_json(json_file, explained)
-        console.print(f"wrote {json_file}", highlight=False)
+        console.print(f"wrote {json_file}", highlight=False, soft_wrap=True)
 
 
 @app.command(epilog="Example: fxfusion certify hf:checkpoints/bert --seed 3")
@@ -499,13 +499,13 @@ def barrier(
     console.print(found.table())
     if plot is not None:
         found.plot(plot)
-        console.print(f"wrote {plot}", highlight=False)
+        console.print(f"wrote {plot}", highlight=False, soft_wrap=True)
     if json_file is not None:
         curves = {
             curve.method: {**dataclasses.asdict(curve), "barrier": curve.barrier} for curve in found.curves
         }
         write_text(json_file, json.dumps(curves, indent=2) + "\n")
-        console.print(f"wrote {json_file}", highlight=False)
+        console.print(f"wrote {json_file}", highlight=False, soft_wrap=True)
 
 
 @app.command(epilog="Example: fxfusion sweep timm 'resnet*' --jobs 2 --output sweep")
@@ -669,7 +669,7 @@ def _carry_out(recipe: Recipe, dry_run: bool, json_file: Path | None) -> None:
         if json_file is not None:
             processes.once(lambda: write_text(json_file, report.to_json(timings=True)))
             written = (*written, json_file)
-    console.print(f"wrote {' and '.join(map(str, written))}", highlight=False)
+    console.print(f"wrote {' and '.join(map(str, written))}", highlight=False, soft_wrap=True)
 
 
 def _foretell(recipe: Recipe, json_file: Path | None) -> None:
@@ -684,7 +684,7 @@ def _foretell(recipe: Recipe, json_file: Path | None) -> None:
     if json_file is not None:
         content = {**dataclasses.asdict(foretold), "seconds": foretold.seconds}
         write_text(json_file, json.dumps(content, indent=2) + "\n")
-        console.print(f"wrote {json_file}", highlight=False)
+        console.print(f"wrote {json_file}", highlight=False, soft_wrap=True)
     console.print("no weights were read, nothing was fused", highlight=False)
 
 

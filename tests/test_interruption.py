@@ -97,7 +97,7 @@ def go_on(parents: list[Path], out: Path, expected: dict[str, bytes]) -> None:
     assert not (out.parent / f".{out.name}.partial").exists()
 
 
-@pytest.mark.parametrize(("moves", "shards"), [(1, 0), (16, 7)])
+@pytest.mark.parametrize(("moves", "shards"), [pytest.param(1, 0, marks=pytest.mark.nightly), (16, 7)])
 def test_killed_before_a_file_takes_its_place(
     parents: list[Path],
     context: ForkServerContext,

@@ -196,6 +196,7 @@ def test_calibrated_as_in_memory(parents: list[Path], tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.nightly
 def test_calibrated_across_widths(parents: list[Path], tmp_path: Path) -> None:
     llama(7, hidden=40).save_pretrained(tmp_path / "wide")
     fuse([tmp_path / "wide", parents[1]], tmp_path / "out", calibration=DATA, memory=2 * LEAST)

@@ -52,6 +52,7 @@ def test_passes_run_in_a_pipeline_of_ones_own(capsys: pytest.CaptureFixture[str]
     assert printed.count("agrees: True") == 3
 
 
+@pytest.mark.nightly
 def test_a_fused_program_runs_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(EXAMPLES / "deploy.py"), run_name="__main__")
     lines = [line for line in capsys.readouterr().out.splitlines() if "images:" in line]
