@@ -281,7 +281,8 @@ def collect(
     list of dict of str to list of CrossMoments
         Per parent (empty for the target), by space, one per observation.
     """
-    places = places or observations(parents[target].plan, parents[target].capture.module.graph)
+    if places is None:
+        places = observations(parents[target].plan, parents[target].capture.module.graph)
     (found,) = gather(parents, target, batches, total, progress, places, observed, own)
     return [
         {name: [part[name, number] for number in range(len(where))] for name, where in places.items()}

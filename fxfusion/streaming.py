@@ -177,13 +177,10 @@ def fuse_files(
     processes, out = current(), out.absolute()
     work = _Work(stored, state, out.parent / f".{out.name}.partial", out, {}, progress)
     work.seconds["plan"] = time.perf_counter() - start
-    job = {
-        "seed": seed,
-        "outputs": outputs,
-        "shard_bytes": shard_bytes,
-        "calibration": None if batches is None else batches.fingerprint(),
-    }
-    processes.once(lambda: _resume(work, job))
+    job = {"seed": seed, "outputs": outputs, "shard_bytes": shard_bytes}
+    processes.once(
+        lambda: _resume(work, {**job, "calibration": None if batches is None else batches.fingerprint()})
+    )
     _certify(work, models, seed)
     _solve(work, batches, memory)
     shards = _write_shards(work, shard_bytes)

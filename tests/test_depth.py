@@ -11,11 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from transformers import ViTConfig, ViTForImageClassification
 
 import fxfusion
 from fxfusion.depth import Similarity, match_in_order, match_layers, needed_layers, shallow, unequal_stacks
 from fxfusion.errors import ArchitectureMismatchError, InvalidWeightError, OptionError
+from tests import zoo
 
 X = torch.randn(24, 5, generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -116,25 +116,11 @@ def test_depth_and_width_may_both_differ() -> None:
 
 
 def test_a_hugging_face_model_of_other_depth() -> None:
-    def vit(depth: int) -> nn.Module:
-        torch.manual_seed(depth)
-        config = ViTConfig(
-            hidden_size=8,
-            num_hidden_layers=depth,
-            num_attention_heads=2,
-            intermediate_size=12,
-            image_size=8,
-            patch_size=4,
-            num_channels=1,
-            num_labels=3,
-        )
-        return ViTForImageClassification(config).eval()
-
-    parents = [vit(3), vit(2)]
+    parents = [zoo.small_vit(3, depth=3), zoo.small_vit(2, depth=2)]
     result = fxfusion.fuse(parents, kwargs={"pixel_values": IMAGES}, weights=[0, 1])
     parents[1].load_state_dict(result.state_dict())
     with torch.no_grad():
-        expected = vit(2)(pixel_values=IMAGES).logits
+        expected = zoo.small_vit(2, depth=2)(pixel_values=IMAGES).logits
         torch.testing.assert_close(parents[1](pixel_values=IMAGES).logits, expected)
 
 

@@ -8,13 +8,14 @@ import importlib
 import pkgutil
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -82,29 +83,11 @@ def test_examples_of_docstrings(name: str, tmp_path: Path, monkeypatch: pytest.M
     assert found.failed == 0
 
 
-def vision(seed: int, hidden: int = 16) -> nn.Module:
-    """Return a small vision transformer."""
-    torch.manual_seed(seed)
-    module = importlib.import_module("transformers")
-    config = module.ViTConfig(
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=hidden,
-        image_size=8,
-        patch_size=4,
-        num_channels=1,
-        num_labels=3,
-    )
-    model: nn.Module = module.ViTForImageClassification(config).eval()
-    return model
-
-
 def names() -> dict[str, Any]:
     """Return what blocks take for granted: models of one class, example inputs, calibration data."""
     torch.manual_seed(0)
     images = torch.randn(4, 1, 8, 8)
-    models = [vision(0), vision(1)]
+    models = [zoo.small_vit(0), zoo.small_vit(1)]
     return {
         "fxfusion": fxfusion,
         "torch": torch,
@@ -112,7 +95,7 @@ def names() -> dict[str, Any]:
         "model_b": models[1],
         "models": models,
         "model": models[1],
-        "wide": vision(2, 24),
+        "wide": zoo.small_vit(2, hidden=24),
         "narrow": models[1],
         "images": images,
         "example": {"pixel_values": images},
@@ -182,9 +165,6 @@ def test_command(line: str, folder: Path) -> None:
 
 
 def run_in_processes(words: list[str]) -> None:
-    import subprocess
-    import sys
-
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:]]
     subprocess.run(command, check=True, timeout=600)
 

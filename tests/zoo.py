@@ -593,6 +593,25 @@ ADVERSARIAL: dict[str, Zoo] = {
 }
 
 
+def small_vit(seed: int, hidden: int = 12, depth: int = 1) -> nn.Module:
+    """Return a vision transformer for images ``[batch, 1, 8, 8]`` and three classes."""
+    import transformers
+
+    torch.manual_seed(seed)
+    config = transformers.ViTConfig(
+        hidden_size=8,
+        num_hidden_layers=depth,
+        num_attention_heads=2,
+        intermediate_size=hidden,
+        image_size=8,
+        patch_size=4,
+        num_channels=1,
+        num_labels=3,
+    )
+    model: nn.Module = transformers.ViTForImageClassification(config).eval()
+    return model
+
+
 def saved_llama(folder: Path, seed: int, vocabulary: int = 23, width: int = 16, layers: int = 1) -> Path:
     """Write a small language model with grouped queries, and return its directory."""
     import transformers
