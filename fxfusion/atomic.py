@@ -8,11 +8,16 @@ flushed to disk, and only then moved into place.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import pathlib
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
+
+_HERE = -100  # AT_FDCWD: relative paths count from the working directory
+_BOTH = 2  # RENAME_EXCHANGE
 
 __all__ = ["replacing", "take_place", "write_bytes", "write_text"]
 
@@ -23,8 +28,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 
     The block creates the temporary as a file or as a directory. If the block raises, the temporary is
     removed and what was at ``path`` before stays as it was. A symbolic link at ``path`` is kept: what it
-    points to is replaced. A file is replaced in one step; to replace a directory the old one is first
-    moved aside, and moved back should the second rename fail.
+    points to is replaced. A file is replaced in one step, and so is a directory where the system can exchange
+    two (Linux); elsewhere the old one is first moved aside, and moved back should the second rename fail.
 
     Parameters
     ----------
@@ -173,13 +178,27 @@ def _move(temporary: pathlib.Path, target: pathlib.Path) -> None:
         os.replace(temporary, target)
         return
     aside = _beside(target)
-    os.rename(target, aside)
-    try:
-        os.rename(temporary, target)
-    except BaseException:
-        os.rename(aside, target)
-        raise
+    if _exchange(temporary, target):
+        os.rename(temporary, aside)  # at once: removing it takes a while
+    else:
+        os.rename(target, aside)
+        try:
+            os.rename(temporary, target)
+        except BaseException:
+            os.rename(aside, target)
+            raise
     _remove(aside)
+
+
+def _exchange(left: pathlib.Path, right: pathlib.Path) -> bool:
+    """Exchange two directories in one step; return whether the system and the file system can."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):  # a C library without it
+        return False
+    return rename(_HERE, os.fsencode(left), _HERE, os.fsencode(right), _BOTH) == 0
 
 
 def _remove(path: pathlib.Path) -> None:

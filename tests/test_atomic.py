@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import sys
 
 import pytest
 
@@ -62,7 +63,12 @@ def test_missing_folder_is_refused_before_the_block_runs(tmp_path: pathlib.Path)
     assert not ran
 
 
-def test_directory_is_replaced_whole(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_directory_is_replaced_whole(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool
+) -> None:
+    if not can_exchange:
+        monkeypatch.setattr(atomic, "_exchange", lambda *paths: False)
     target = tmp_path / "checkpoint"
     for content in ("first", "second"):
         with atomic.replacing(target) as temporary:
@@ -70,6 +76,27 @@ def test_directory_is_replaced_whole(tmp_path: pathlib.Path) -> None:
             (temporary / content).write_text(content)
             (temporary / "nested" / "shard").write_text(content)
     assert sorted(os.listdir(target)) == ["nested", "second"]
+    assert os.listdir(tmp_path) == ["checkpoint"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="directories are exchanged on Linux")
+def test_there_is_always_a_directory(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader, or a kill, at any moment finds the old one or the new one at its place."""
+    target = tmp_path / "checkpoint"
+    target.mkdir()
+    (target / "old").touch()
+    rename, found = os.rename, []
+
+    def rename_and_look(source: pathlib.Path, destination: pathlib.Path) -> None:
+        found.append(os.listdir(target))
+        rename(source, destination)
+        found.append(os.listdir(target))
+
+    monkeypatch.setattr(os, "rename", rename_and_look)
+    with atomic.replacing(target) as temporary:
+        temporary.mkdir()
+        (temporary / "new").touch()
+    assert found == [["new"], ["new"]]
     assert os.listdir(tmp_path) == ["checkpoint"]
 
 
@@ -100,6 +127,7 @@ def test_failed_rename_puts_the_old_directory_back(
             raise OSError("disk gone")
         rename(source, destination)
 
+    monkeypatch.setattr(atomic, "_exchange", lambda *paths: False)
     with pytest.raises(OSError, match="disk gone"), atomic.replacing(target) as temporary:  # noqa: PT012
         temporary.mkdir()
         monkeypatch.setattr(os, "rename", rename_fails_the_second_time)
