@@ -47,6 +47,8 @@ class Recipe:
         As for :func:`fxfusion.fuse`; None for its default.
     target, weights, seed
         Likewise.
+    gap : float
+        As for :class:`fxfusion.Coupling`, of hard couplings.
     untie : bool
     calibration : Path or None
         A file of calibration data.
@@ -85,6 +87,7 @@ class Recipe:
     method: str | None = None
     refine: int | None = None
     regularisation: float | None = None
+    gap: float = 0.0
     rounds: int | None = None
     layers: str | None = None
     layer_matching: str | None = None
@@ -124,6 +127,8 @@ class Recipe:
             raise OptionError(
                 "--stream solves permutations, hard: leave out untie, " + ", ".join(LOADED_ONLY)
             )
+        if self.gap and (self.coupling not in (None, "hard") or self.flow == "reference"):
+            raise OptionError("gap is of hard couplings: leave one of them out, or give it with the coupling")
         self.options()  # a flow or an observation that cannot be read is refused now
 
     @property
@@ -136,6 +141,8 @@ class Recipe:
         names = ("features", "coupling", "symmetry", "repair", "method", "refine", "regularisation")
         given = {name: getattr(self, name) for name in (*names, "rounds", "layers", "layer_matching")}
         found = {name: value for name, value in given.items() if value is not None}
+        if self.gap:
+            found["coupling"] = Coupling(gap=self.gap)
         if self.outputs is not None:
             found["outputs"] = list(self.outputs)
         if self.observe is not None:
@@ -201,7 +208,7 @@ def _setting(name: str, value: Any, where: str) -> Any:
         return Path(text)
     if name in ("untie", "stream"):
         return _typed(name, value, bool, "true or false", where)
-    if name in ("shard_size", "max_memory", "regularisation"):
+    if name in ("shard_size", "max_memory", "regularisation", "gap"):
         return _number(name, value, where)
     if name == "coupling" and isinstance(value, Mapping):
         return _coupling(value, where)
@@ -239,7 +246,7 @@ def _list(name: str, value: Any, kind: type | tuple[type, ...], where: str) -> t
 def _coupling(table: Mapping[str, Any], where: str) -> Coupling:
     """Return the coupling of a table, with overrides by pattern of spaces' names."""
     flags = {"absolute", "widening"}
-    numbers = {"regularisation", "relaxation", "share"}
+    numbers = {"regularisation", "relaxation", "share", "gap"}
     found: dict[str, Any] = {}
     for name, value in table.items():
         said = f"coupling.{name}"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from fxfusion.errors import CalibrationRequiredError, OptionError
 from fxfusion.methods import METHODS, Method
-from fxfusion.progress import Progress, silent
+from fxfusion.progress import Progress, logged
 from fxfusion.transport.hierarchy import Coupling
 from fxfusion.transport.learned import Refinement
 from fxfusion.transport.options import Flow, Observe, check_uncalibrated
@@ -157,7 +157,7 @@ class Settings:
             template=template,
             seed=seed,
             outputs=outputs,
-            progress=progress or silent,
+            progress=logged(progress),
         )
 
     @property
@@ -198,7 +198,8 @@ def _default(features: str, coupling: str | Coupling, flow: Flow | None, templat
     With activations to go by, rotations and repaired units measured better on every task but networks with
     tied heads, which cannot turn. What goes without them keeps permutations.
     """
-    plain = features == "activations" and coupling == "hard" and flow is None and not template
+    hard = coupling == "hard" or (isinstance(coupling, Coupling) and coupling == Coupling(gap=coupling.gap))
+    plain = features == "activations" and hard and flow is None and not template
     return Method("largest", "units") if plain else Method("permutation")
 
 

@@ -349,16 +349,17 @@ def problem(seed: int) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
 def test_couplings_with_masses_are_those_of_pot(seed: int) -> None:
     cost, masses = problem(seed)
     a, b, matrix = (item[0].numpy() for item in (*masses, cost))
-    _, exact, value = Coupling().solve(cost, masses)
-    assert float(value) == pytest.approx(6 * ot.emd2(a, b, matrix))
+    solved = Coupling().solve(cost, masses)
+    exact = solved.plans
+    assert float(solved.values) == pytest.approx(6 * ot.emd2(a, b, matrix))
     assert exact is not None
     torch.testing.assert_close(exact.sum(2), masses[0])
     torch.testing.assert_close(exact.sum(1), masses[1])
-    _, soft, _ = Coupling(0.1, absolute=True).solve(cost, masses)
+    soft = Coupling(0.1, absolute=True).solve(cost, masses).plans
     assert soft is not None
     expected = torch.from_numpy(ot.sinkhorn(a, b, matrix, 0.1, numItermax=100_000))
     torch.testing.assert_close(soft[0], expected, rtol=1e-3, atol=1e-6)
-    _, loose, _ = Coupling(0.1, absolute=True, relaxation=0.5).solve(cost, masses)
+    loose = Coupling(0.1, absolute=True, relaxation=0.5).solve(cost, masses).plans
     assert loose is not None
     expected = torch.from_numpy(ot.unbalanced.sinkhorn_unbalanced(a, b, matrix, 0.1, 0.5))
     torch.testing.assert_close(loose[0], expected, rtol=1e-3, atol=1e-6)
@@ -368,8 +369,8 @@ def test_couplings_with_masses_are_those_of_pot(seed: int) -> None:
 def test_uniform_masses_are_an_assignment() -> None:
     cost, _ = problem(0)
     alike = torch.full((1, 6), 1 / 6, dtype=torch.float64)
-    index, _, value = Coupling().solve(cost)
-    _, plans, same = Coupling().solve(cost, (alike, alike))
+    one, other = Coupling().solve(cost), Coupling().solve(cost, (alike, alike))
+    index, value, plans, same = one.index, one.values, other.plans, other.values
     assert index is not None
     assert plans is not None
     torch.testing.assert_close(value, same)

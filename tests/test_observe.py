@@ -146,9 +146,8 @@ def test_some_spaces_may_have_another_coupling() -> None:
 def test_soft_only_where_widths_grow() -> None:
     coupling = Coupling(0.1, widening=True)
     cost = torch.rand(1, 3, 6, generator=torch.Generator().manual_seed(0))
-    _, narrowing, _ = coupling.solve(cost)
-    _, widening, _ = coupling.solve(cost.mT)
-    index, _, _ = coupling.solve(cost[..., :3])
+    narrowing, widening = coupling.solve(cost).plans, coupling.solve(cost.mT).plans
+    index = coupling.solve(cost[..., :3]).index
     assert narrowing is not None
     assert widening is not None
     assert index is not None

@@ -46,6 +46,7 @@ inputs = ["input_ids=2x6:int64"]
 outputs = ["logits"]
 seed = 3
 rounds = 2
+gap = 0.0
 
 [coupling]
 share = 0.9
@@ -111,6 +112,9 @@ def test_every_setting_is_read(tmp_path: Path) -> None:
         (LEAST + 'observe = "nonsense"', OptionError, "nonsense"),
         (LEAST + "[coupling]\nsoftness = 1", RecipeError, "no coupling.softness"),
         (LEAST + "[coupling]\nshare = 2", OptionError, "share"),
+        (LEAST + "gap = 1", OptionError, "gap"),
+        (LEAST + 'gap = 0.1\ncoupling = "soft"', OptionError, "gap is of hard"),
+        (LEAST + 'gap = 0.1\nflow = "reference"', OptionError, "gap is of hard"),
         (LEAST + "[coupling]\noverrides = 3", RecipeError, "table by pattern"),
         (LEAST + "[coupling.overrides]\na = 3", RecipeError, "a table such as"),
         ("models = [", RecipeError, "not valid TOML"),
@@ -137,7 +141,8 @@ VALUES = st.recursive(
     max_leaves=6,
 )
 COUPLINGS = st.dictionaries(
-    st.sampled_from(["share", "regularisation", "absolute", "widening", "relaxation", "overrides"]), VALUES
+    st.sampled_from(["share", "regularisation", "absolute", "widening", "relaxation", "gap", "overrides"]),
+    VALUES,
 )
 
 

@@ -14,10 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fxfusion
 from fxfusion.axes import Axis, Leaf, concatenation, product
+from fxfusion.errors import OptionError
 from fxfusion.layout import ParameterLayout, lay_out
 from fxfusion.plan import Plan, Space, Symmetry
-from fxfusion.transport.assignment import assign
+from fxfusion.transport.assignment import assign, auction
 from fxfusion.transport.hierarchy import (
     Coupling,
     Ground,
@@ -31,6 +33,7 @@ from fxfusion.transport.hierarchy import (
 )
 from fxfusion.transport.map import HardMap, SoftMap, transport_tensor
 from fxfusion.transport.sinkhorn import sinkhorn
+from tests import zoo
 
 FAST = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 SEED = st.integers(0, 2**31)
@@ -60,6 +63,43 @@ def test_assignment_is_the_best_permutation(size: int, seed: int) -> None:
         assert float(value) == pytest.approx(min(everything))
         assert float(cost[torch.arange(size), chosen].sum()) == pytest.approx(float(value))
         assert sorted(chosen.tolist()) == list(range(size))
+
+
+@FAST
+@given(st.integers(1, 12), SEED, st.sampled_from([0.5, 0.1, 0.01]), st.sampled_from([0.0, 0.1, 3.0]))
+def test_an_auction_ends_within_its_gap(size: int, seed: int, gap: float, uneven: float) -> None:
+    """The bound holds, and so does the gap that it certifies."""
+    costs = random(2, size, size, seed=seed) * torch.exp(uneven * random(2, size, 1, seed=seed + 1))
+    index, values, gaps = auction(costs, gap)
+    best = assign(costs)[1]
+    for chosen in index:
+        assert sorted(chosen.tolist()) == list(range(size))
+    paid = costs.gather(-1, index.unsqueeze(-1)).sum((-2, -1))
+    assert torch.allclose(values, paid)
+    assert (gaps <= gap).all()
+    # Cost / (1 + gap) is the lower bound that was found: no assignment is below it.
+    assert (values / (1 + gaps) <= best * (1 + 1e-6)).all()
+
+
+def test_an_auction_of_equal_and_of_no_costs() -> None:
+    for costs in (torch.zeros(1, 5, 5), torch.ones(1, 5, 5), 1.0 - torch.eye(5)[None].flip(-1)):
+        index, values, gaps = auction(costs, 0.01)
+        assert sorted(index[0].tolist()) == list(range(5))
+        assert float(values) == pytest.approx(float(assign(costs)[1]))
+        assert float(gaps) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_gap_is_certified_in_the_report() -> None:
+    models = [zoo.small_vit(seed) for seed in range(2)]
+    kwargs = {"pixel_values": torch.zeros(2, 1, 8, 8)}
+    exact = fxfusion.fuse(models, kwargs=kwargs).report
+    report = fxfusion.fuse(models, kwargs=kwargs, coupling=fxfusion.Coupling(gap=0.3)).report
+    assert any("certified to cost at most" in note for note in report.notes)
+    assert not any("certified to cost at most" in note for note in exact.notes)
+    with pytest.raises(OptionError, match="gap"):
+        fxfusion.Coupling(0.1, gap=0.1)
+    with pytest.raises(OptionError, match="gap"):
+        fxfusion.Coupling(gap=1.0)
 
 
 def test_assignment_of_six() -> None:

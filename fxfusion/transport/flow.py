@@ -129,7 +129,7 @@ def solve_flow(
         for name, layout in plan.layouts.items()
     }
     ends = {space.name: maps.get(space.name) or _in_place(plan, space.name) for space in plan.spaces}
-    return Alignment(ends, solver.before, solver.after, 1, local)
+    return Alignment(ends, solver.before, solver.after, 1, local, gaps=solver.gaps)
 
 
 def act_locally(
@@ -212,6 +212,7 @@ class _FlowSolver:
         self.pending: set[int] = set()
         self.before = {space.name: 0.0 for space in plan.spaces}
         self.after = dict(self.before)
+        self.gaps: dict[str, float] = {}
 
     # -- transports -------------------------------------------------------------------------------
 
@@ -331,19 +332,23 @@ class _FlowSolver:
         solved = solve_tree(self.plan, tree, shaped, self.coupling.of(tree.root.name), weighed)
         self._count(costs_of(self.plan, tree, shaped, identity(self.plan, tree)), self.before)
         self._count(costs_of(self.plan, tree, shaped, solved), self.after)
+        for name, solution in solved.items():
+            self._widen(name, solution.gap)
         return to_maps(self.plan, tree, solved)
 
     def _solve_flat(self, stream: str, cost: torch.Tensor, masses: Mapping[str, Masses]) -> dict[str, Map]:
         """Solve over all units of all outer units at once."""
         space = self.plan[stream]
         shape = Shape.of(self.plan, space)
-        index, plans, values = self.coupling.of(stream).solve(cost, masses.get(stream))
+        found = self.coupling.of(stream).solve(cost, masses.get(stream))
+        self._widen(stream, found.gap)
+        plans = found.plans
         if plans is None:
-            assert index is not None
-            plans = torch.nn.functional.one_hot(index, cost.shape[-1]).double()
+            assert found.index is not None
+            plans = torch.nn.functional.one_hot(found.index, cost.shape[-1]).double()
         ordered = in_order(*cost.shape[-2:]) * cost.shape[-2]
         self._count({stream: float((ordered * cost).sum())}, self.before)
-        self._count({stream: float(values.sum())}, self.after)
+        self._count({stream: float(found.values.sum())}, self.after)
         sizes = [(self.plan.scope_size(name), self.plan.source.scope_size(name)) for name in space.scope]
         fixed = sum(name in {item.name for item in self.plan.fixed} for name in space.scope)
         sides = []
@@ -362,6 +367,11 @@ class _FlowSolver:
     def _count(self, costs: Mapping[str, float], total: dict[str, float]) -> None:
         for name, cost in costs.items():
             total[name] += cost
+
+    def _widen(self, name: str, gap: float) -> None:
+        """Note how far from the best a space was solved at most."""
+        if gap:
+            self.gaps[name] = max(self.gaps.get(name, 0.0), gap)
 
     def _magnitudes(self, solve: Solve, space: str) -> Comparison:
         """Return the features of a layer as they are, whatever they are scaled to for the costs."""

@@ -16,10 +16,32 @@ import torch
 
 from fxfusion.errors import OptionError
 from fxfusion.plan import Plan, Space, Symmetry
-from fxfusion.transport.assignment import Masses, assign, assign_groups, emd, partial
+from fxfusion.transport.assignment import Masses, assign, assign_groups, auction, emd, partial
 from fxfusion.transport.map import HardMap, Map, SoftMap, apart, in_order
 from fxfusion.transport.rotation import procrustes
 from fxfusion.transport.sinkhorn import sinkhorn
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Solved:
+    """What solving a batch of problems gave.
+
+    Attributes
+    ----------
+    index : torch.Tensor or None
+        int64 ``[batch, target]``, for one-to-one couplings.
+    plans : torch.Tensor or None
+        ``[batch, target, source]``, for all others.
+    values : torch.Tensor
+        ``[batch]``: the costs.
+    gap : float
+        How far they are at most above the least, as a share of it.
+    """
+
+    index: torch.Tensor | None
+    plans: torch.Tensor | None
+    values: torch.Tensor
+    gap: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +60,9 @@ class Coupling:
     share : float
         Of a hard coupling: how much of the mass is transported, the cheapest. Units without a counterpart
         stay the target's.
+    gap : float
+        Of a hard coupling: how far above the least cost an assignment may be, as a share of that; how far
+        they are at most is certified, and reported. 0 solves them exactly.
     overrides : mapping of str to Coupling
         Other couplings for some spaces, by pattern of their names as in :mod:`fnmatch`. Spaces below others
         follow the outermost.
@@ -53,6 +78,7 @@ class Coupling:
     relaxation: float | None = None
     widening: bool = False
     share: float = 1.0
+    gap: float = 0.0
     overrides: Mapping[str, Coupling] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -60,6 +86,10 @@ class Coupling:
             raise OptionError(f"share={self.share!r}: give a number above 0 and at most 1")
         if self.share < 1 and self.regularisation is not None:
             raise OptionError("share is of hard couplings: leave regularisation out")
+        if not 0 <= self.gap < 1:
+            raise OptionError(f"gap={self.gap!r}: give a number from 0 to below 1")
+        if self.gap and (self.share < 1 or (self.regularisation is not None and not self.widening)):
+            raise OptionError("gap is of assignments: leave share and regularisation out")
 
     def of(self, space: str) -> Coupling:
         """Return the coupling to solve for in a space."""
@@ -71,9 +101,7 @@ class Coupling:
         )
         return next(fitting, self)
 
-    def solve(
-        self, costs: torch.Tensor, masses: Masses | None = None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+    def solve(self, costs: torch.Tensor, masses: Masses | None = None) -> Solved:
         """Solve a batch of problems.
 
         Parameters
@@ -85,20 +113,22 @@ class Coupling:
 
         Returns
         -------
-        index, plans, values
-            An index for a one-to-one coupling, else plans (the other is None), and the costs.
+        Solved
         """
         soft = not self.widening or costs.shape[-2] > costs.shape[-1]
         if self.regularisation is not None and soft:
-            return None, *sinkhorn(costs, self.regularisation, self.absolute, self.relaxation, masses)
+            return Solved(None, *sinkhorn(costs, self.regularisation, self.absolute, self.relaxation, masses))
         if self.share < 1:
-            return None, *partial(costs, self.share)
+            return Solved(None, *partial(costs, self.share))
         if masses is not None:
-            return None, *emd(costs, masses)
+            return Solved(None, *emd(costs, masses))
         if costs.shape[-2] != costs.shape[-1]:
-            return None, *assign_groups(costs)
+            return Solved(None, *assign_groups(costs))
+        if self.gap:
+            index, values, gaps = auction(costs, self.gap)
+            return Solved(index, None, values, float(gaps.max()))
         index, values = assign(costs)
-        return index, None, values
+        return Solved(index, None, values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,6 +250,8 @@ class Solution:
         Whether some mass stays where it is.
     rotation : bool
         Whether the plan is an orthogonal map.
+    gap : float
+        How far the cost is at most above the least, as a share of it.
     """
 
     index: torch.Tensor | None
@@ -227,6 +259,7 @@ class Solution:
     values: torch.Tensor
     partial: bool = False
     rotation: bool = False
+    gap: float = 0.0
 
     def widened(self, size: int) -> Solution:
         """Return the solution with a plan in place of an index into ``size`` source units."""
@@ -268,12 +301,13 @@ def solve_tree(
             continue
         flat = cost.matrix.reshape(-1, shape.size, shape.source_size)
         given = (masses or {}).get(space.name)
-        index, plans, values = coupling.solve(flat, None if given is None else _paired(given, shape))
+        found = coupling.solve(flat, None if given is None else _paired(given, shape))
         solved[space.name] = Solution(
-            None if index is None else index.reshape(shape.cost[:4]),
-            None if plans is None else plans.reshape(shape.cost),
-            values.reshape(shape.cost[:3]) + cost.offset,
+            None if found.index is None else found.index.reshape(shape.cost[:4]),
+            None if found.plans is None else found.plans.reshape(shape.cost),
+            found.values.reshape(shape.cost[:3]) + cost.offset,
             coupling.share < 1,
+            gap=found.gap,
         )
     if any(solution.index is None for solution in solved.values()):  # then none of the tree is one-to-one
         return {space.name: solved[space.name].widened(space.size) for space in tree.members}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 from collections.abc import Mapping, Sequence
 
 from fxfusion.plan import Plan, Symmetry
@@ -53,6 +54,10 @@ class Alignment:
         Number of block-coordinate sweeps.
     local : dict of str to list of BlockMaps, or None
         Per parameter, one per block: transports that differ from parameter to parameter.
+    solving : float
+        Seconds that the solver took in this process; the rest of aligning is comparing.
+    gaps : dict of str to float
+        Per space whose assignments are not exact: how far above the least cost they are at most, as a share.
     """
 
     maps: dict[str, Map]
@@ -60,6 +65,8 @@ class Alignment:
     after: dict[str, float]
     sweeps: int = 0
     local: dict[str, list[BlockMaps]] | None = None
+    solving: float = 0.0
+    gaps: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def align(
@@ -231,7 +238,7 @@ class _Solver:
             if seen
             else self.weights.costs(tree, maps, self.solutions, partial=True)
         )
-        solved = solve_tree(self.plan, tree, costs, self.coupling.of(name))
+        solved = self._solve(tree, costs)
         if not complete:
             return _Found(solved, {}, {})
         before = costs_of(self.plan, tree, costs, identity(self.plan, tree))
@@ -247,11 +254,17 @@ class _Solver:
         least = _IMPROVEMENT * sum(Shape.of(self.plan, space).units for space in tree.members)
         improved = False
         if old[tree.root.name] > least:  # costs are not negative: below, nothing is left to gain
-            solved = solve_tree(self.plan, tree, costs, self.coupling.of(tree.root.name))
+            solved = self._solve(tree, costs)
             new = costs_of(self.plan, tree, costs, solved)
             improved = new[tree.root.name] < old[tree.root.name] - least
         before = costs_of(self.plan, tree, costs, identity(self.plan, tree))
         return _Found(solved, before, new) if improved else _Found(None, before, old)
+
+    def _solve(self, tree: Tree, costs: Mapping[str, Ground]) -> dict[str, Solution]:
+        start = time.perf_counter()
+        solved = solve_tree(self.plan, tree, costs, self.coupling.of(tree.root.name))
+        self.alignment.solving += time.perf_counter() - start
+        return solved
 
     def take(self, tree: Tree, found: _Found) -> bool:
         """Enter what was found; return whether transports changed."""
@@ -262,5 +275,6 @@ class _Solver:
         if found.solutions is None:
             return False
         self.solutions.update(found.solutions)
+        self.alignment.gaps.update({name: item.gap for name, item in found.solutions.items() if item.gap})
         self.alignment.maps.update(to_maps(self.plan, tree, found.solutions))
         return True

@@ -362,7 +362,8 @@ def check_uncalibrated(options: Flow) -> None:
     if options.weighted:
         policy = Residual(options.residual).value
         raise CalibrationRequiredError(
-            f"residual={policy!r} weighs activations: give calibration data, or another policy"
+            f"residual={policy!r} weighs activations: give calibration data and compare "
+            'features="activations", or take another policy'
         )
     if options.costs.components is not None:
         raise CalibrationRequiredError(
