@@ -174,8 +174,18 @@ def _common(
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
     ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Log to standard error what is done, with times.")
+    ] = False,
 ) -> None:
-    pass
+    if verbose:
+        import logging
+
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logger = logging.getLogger("fxfusion")
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
 
 
 @app.command(epilog="Example: fxfusion demo --seed 1 --output /tmp/demo")
@@ -327,6 +337,15 @@ def fuse(
         typer.Option("--method", help="Symmetry and repair by one name; auto chooses by calibration data."),
     ] = None,
     refine: RefineOption = None,
+    gap: Annotated[
+        float,
+        typer.Option(
+            "--gap",
+            min=0.0,
+            help="How far above the least cost an assignment may be, as a share: 0.01 is several times "
+            "faster at thousands of units; what is certified is reported. 0 is exact.",
+        ),
+    ] = 0.0,
     untie: UntieOption = False,
     calibration: CalibrationOption = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Of the calibration.")] = 32,
@@ -407,6 +426,7 @@ def fuse(
         output,
         **given_options,
         refine=refine,
+        gap=gap,
         untie=untie,
         calibration=calibration,
         batch_size=batch_size,
@@ -750,6 +770,7 @@ def _fuse_files(
             shard_bytes=int(recipe.shard_size * 1e9),
             calibration=batches,
             memory=int(recipe.max_memory * 1e9),
+            gap=recipe.gap,
             progress=progress,
         )
     return report, (recipe.output,)

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from fxfusion.capture import Model
 from fxfusion.certify import Certificate
 from fxfusion.plan import PairedPlan
+from fxfusion.progress import LOG
 from fxfusion.report import FusionReport, SpaceRow
 from fxfusion.state import FusionState
 from fxfusion.validation import model_name
@@ -86,7 +87,17 @@ def _notes(state: FusionState) -> tuple[str, ...]:
             f"transports refined in {state.refined.steps} steps: distance from the parents' average outputs "
             f"{state.refined.before:.4g} before and {state.refined.after:.4g} after, on batches held out"
         )
-    return (*notes, *widths_told(state), *state.notes)
+    gaps = {name: gap for item in state.alignments if item is not None for name, gap in item.gaps.items()}
+    if gaps:
+        worst = max(gaps, key=gaps.__getitem__)
+        notes.append(
+            f"assignments of {len(gaps)} spaces are approximate: certified to cost at most "
+            f"{100 * gaps[worst]:.2g} % more than the best ({worst})"
+        )
+    found = (*notes, *widths_told(state), *state.notes)
+    for note in found:
+        LOG.info("%s", note)
+    return found
 
 
 def widths_told(state: FusionState) -> list[str]:

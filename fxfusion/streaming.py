@@ -40,7 +40,7 @@ from fxfusion.pairing import Parent, pair
 from fxfusion.pipeline import certify_all, planned
 from fxfusion.plan import Plan
 from fxfusion.processes import current
-from fxfusion.progress import Progress, silent
+from fxfusion.progress import Progress, logged
 from fxfusion.repair import batch_norms
 from fxfusion.report import FusionReport
 from fxfusion.reporting import fusion_report, model_card, versions
@@ -103,6 +103,7 @@ def fuse_files(
     shard_bytes: int = SHARD_BYTES,
     calibration: Iterable[Any] | None = None,
     memory: int = CALIBRATION_BYTES,
+    gap: float = 0.0,
     progress: Progress | None = None,
 ) -> FusionReport:
     """Fuse checkpoints without loading them: from safetensors files to safetensors files.
@@ -134,6 +135,9 @@ def fuse_files(
         How many bytes calibration may take for weights, statistics and activations between stages. Half of it
         holds weights while these are compared, a gibibyte at most.
 
+    gap : float
+        As for :class:`fxfusion.Coupling`.
+
     Returns
     -------
     FusionReport
@@ -161,10 +165,10 @@ def fuse_files(
     True
     """
     start = time.perf_counter()
-    progress = progress or silent
+    progress = logged(progress)
     out = Path(out)
     check_output_directory(out)
-    shares = check_shares(weights, len(parents))
+    shares, coupling = check_shares(weights, len(parents)), Coupling(gap=gap)
     target = check_alike(models, target)
     stored = [StoredWeights(path, _aliases(model)) for path, model in zip(parents, models, strict=True)]
     for item, model in zip(stored, models, strict=True):
@@ -177,12 +181,12 @@ def fuse_files(
     processes, out = current(), out.absolute()
     work = _Work(stored, state, out.parent / f".{out.name}.partial", out, {}, progress)
     work.seconds["plan"] = time.perf_counter() - start
-    job = {"seed": seed, "outputs": outputs, "shard_bytes": shard_bytes}
+    job = {"seed": seed, "outputs": outputs, "shard_bytes": shard_bytes, "gap": gap}
     processes.once(
         lambda: _resume(work, {**job, "calibration": None if batches is None else batches.fingerprint()})
     )
     _certify(work, models, seed)
-    _solve(work, batches, memory)
+    _solve(work, coupling, batches, memory)
     shards = _write_shards(work, shard_bytes)
     options = {
         "features": "weights" if batches is None else "activations",
@@ -254,7 +258,7 @@ def _certify(work: _Work, models: Sequence[nn.Module], seed: int) -> None:
     work.seconds["certify"] = time.perf_counter() - start
 
 
-def _solve(work: _Work, batches: Batches | None, memory: int) -> None:
+def _solve(work: _Work, coupling: Coupling, batches: Batches | None, memory: int) -> None:
     """Solve the transports of all parents but the target, or find them where an earlier run left them."""
     state = work.state
     own = state.parents[state.target].state
@@ -264,7 +268,7 @@ def _solve(work: _Work, batches: Batches | None, memory: int) -> None:
     observed: list[StoredCosts | None] = [None] * len(state.parents)
     if batches is not None and len(kept) < len(state.parents) - 1:
         observed = _observe(work, batches, memory)
-    start, read = time.perf_counter(), work.read
+    start, read, solving = time.perf_counter(), work.read, 0.0
     for index, parent in enumerate(state.parents):
         if index == state.target:
             state.alignments.append(None)
@@ -274,16 +278,18 @@ def _solve(work: _Work, batches: Batches | None, memory: int) -> None:
                 parent.plan,
                 own,
                 parent.state,
-                Coupling(),
+                coupling,
                 None,
                 work.progress,
                 observed[index],
                 min(MEMORY, memory // 2),
             )
+            solving += kept[index].solving
             processes.once(functools.partial(_keep_transports, file, kept))
         state.alignments.append(kept[index])
     work.seconds["read for alignment"] = work.read - read
-    work.seconds["align"] = time.perf_counter() - start - work.seconds["read for alignment"]
+    work.seconds["solve"] = solving
+    work.seconds["compare"] = time.perf_counter() - start - work.seconds["read for alignment"] - solving
 
 
 def _observe(work: _Work, batches: Batches, memory: int) -> list[StoredCosts | None]:
@@ -437,7 +443,8 @@ def _keep_transports(path: Path, alignments: Mapping[int, Alignment]) -> None:
         for name, item in alignment.maps.items():
             sides = ("index",) if isinstance(item, HardMap) else ("write", "read")
             tensors.update({f"{index}/{name}/{side}": getattr(item, side) for side in sides})
-        facts[index] = {"before": alignment.before, "after": alignment.after, "sweeps": alignment.sweeps}
+        names = ("before", "after", "sweeps", "gaps")
+        facts[index] = {name: getattr(alignment, name) for name in names}
     with replacing(path) as temporary:
         write_safetensors(tensors, temporary, {"alignments": json.dumps(facts)})
 
@@ -450,9 +457,7 @@ def _kept_transports(path: Path, plan: Plan | None) -> dict[int, Alignment]:
     return {
         int(index): Alignment(
             {space.name: _kept_map(weights, f"{index}/{space.name}", space.scope) for space in plan.spaces},
-            found["before"],
-            found["after"],
-            found["sweeps"],
+            **found,
         )
         for index, found in facts.items()
     }

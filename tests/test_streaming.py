@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -96,6 +97,20 @@ def test_the_result_is_that_of_a_fusion_in_memory(parents: list[Path], tmp_path:
     card = (tmp_path / "out" / "README.md").read_text()
     assert "parent-0 (0.5), parent-1 (0.5)" in card
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_assignments_within_a_gap(
+    parents: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same as in memory; how far from the best is in the report, and in the log beside the stages."""
+    with caplog.at_level(logging.INFO, "fxfusion"):
+        report = fuse(parents, tmp_path / "out", gap=0.3)
+    expected = fxfusion.fuse([llama(0), llama(1)], kwargs=KWARGS, coupling=fxfusion.Coupling(gap=0.3))
+    found = read_weights(tmp_path / "out")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.state_dict().items())
+    assert any("certified to cost at most" in note for note in report.notes)
+    assert set(report.notes) <= {record.message for record in caplog.records}
+    assert any(record.message.startswith("write shards: done in") for record in caplog.records)
 
 
 def test_a_planted_twin_is_recovered(tmp_path: Path) -> None:
