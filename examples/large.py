@@ -10,7 +10,7 @@ permuted at random. ``fuse`` averages the two without loading either, and prints
 weights were compared beside the machine's own matrix products, and the most memory that was resident.
 ``check`` says how far every parameter of the result is from the target: by half of the noise if the planted
 permutations were found, by more than half of its size if not. Sizes: *large* has 1.1 billion parameters
-(22 layers of width 2,048, as TinyLlama) and needs 7 GB of disk, *small* 4 million.
+(22 layers of width 2,048, as TinyLlama) and needs 7 GB of disk, *small* 4 million, *tiny* 40 thousand.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class Size(enum.StrEnum):
 
     LARGE = "large"
     SMALL = "small"
+    TINY = "tiny"
 
 
 SHAPES: Mapping[Size, dict[str, int]] = {
@@ -68,6 +69,14 @@ SHAPES: Mapping[Size, dict[str, int]] = {
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
         "vocab_size": 2000,
+    },
+    Size.TINY: {
+        "hidden_size": 32,
+        "intermediate_size": 88,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 300,
     },
 }
 

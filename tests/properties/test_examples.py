@@ -52,6 +52,19 @@ def test_passes_run_in_a_pipeline_of_ones_own(capsys: pytest.CaptureFixture[str]
     assert printed.count("agrees: True") == 3
 
 
+def test_a_large_checkpoint_but_tiny(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for command in (["make", str(tmp_path), "--size", "tiny"], ["fuse", str(tmp_path)], ["check", str(tmp_path)]):
+        monkeypatch.setattr("sys.argv", ["large.py", *command])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(EXAMPLES / "large.py"), run_name="__main__")
+        assert not ended.value.code
+    said = capsys.readouterr().out
+    assert "of the rate of matrix products" in said
+    assert "furthest from the target" in said
+
+
 @pytest.mark.nightly
 def test_a_fused_program_runs_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(EXAMPLES / "deploy.py"), run_name="__main__")
