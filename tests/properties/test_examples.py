@@ -55,8 +55,8 @@ def test_passes_run_in_a_pipeline_of_ones_own(capsys: pytest.CaptureFixture[str]
 def test_a_large_checkpoint_but_tiny(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for command in (["make", str(tmp_path), "--size", "tiny"], ["fuse", str(tmp_path)], ["check", str(tmp_path)]):
-        monkeypatch.setattr("sys.argv", ["large.py", *command])
+    for command in (["make", "--size", "tiny"], ["fuse"], ["check"]):
+        monkeypatch.setattr("sys.argv", ["large.py", *command, str(tmp_path)])
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(str(EXAMPLES / "large.py"), run_name="__main__")
         assert not ended.value.code
