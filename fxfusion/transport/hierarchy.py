@@ -61,8 +61,8 @@ class Coupling:
         Of a hard coupling: how much of the mass is transported, the cheapest. Units without a counterpart
         stay the target's.
     gap : float
-        Of a hard coupling: how far above the least cost an assignment may be, as a share of that; how far
-        they are at most is certified, and reported. 0 solves them exactly.
+        Of a hard coupling of equally many units, alike in mass: how far above the least cost it may be, as a
+        share of that; how far it is at most is certified, and reported. 0, and all others, are exact.
     overrides : mapping of str to Coupling
         Other couplings for some spaces, by pattern of their names as in :mod:`fnmatch`. Spaces below others
         follow the outermost.
