@@ -19,6 +19,7 @@ from fxfusion.axes import Axis, Leaf, concatenation, product
 from fxfusion.errors import OptionError
 from fxfusion.layout import ParameterLayout, lay_out
 from fxfusion.plan import Plan, Space, Symmetry
+from fxfusion.transport import assignment
 from fxfusion.transport.assignment import assign, auction
 from fxfusion.transport.hierarchy import (
     Coupling,
@@ -87,6 +88,16 @@ def test_an_auction_of_equal_and_of_no_costs() -> None:
         assert sorted(index[0].tolist()) == list(range(5))
         assert float(values) == pytest.approx(float(assign(costs)[1]))
         assert float(gaps) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_bids_that_are_lost_in_rounding_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where two columns serve all rows but for a few units of last place, an auction would go on for ever."""
+    monkeypatch.setattr(assignment, "_ROUNDS", 50)
+    costs = random(1, 40, 40, seed=3) * 1e-3 + 1e6 * (random(40, seed=4) > 0.1)
+    index, values, gaps = auction(costs, 1e-6)
+    assert sorted(index[0].tolist()) == list(range(40))
+    assert float(values) == pytest.approx(float(assign(costs)[1]), rel=1e-6)
+    assert float(gaps) <= 1e-6
 
 
 def test_a_gap_is_certified_in_the_report() -> None:

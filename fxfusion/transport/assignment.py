@@ -10,7 +10,8 @@ from scipy.optimize import linear_sum_assignment
 Masses = tuple[torch.Tensor, torch.Tensor]
 EMD_ITERATIONS = 10_000_000
 _FINER = 4.0  # by which bids get smaller when an auction ends too far from the best
-_EXACT = 1e-6  # of the mean cost per unit: bids below are lost in float32, so the exact solver takes over
+_LOST = 1e-6  # of the largest cost: bids below are lost in float32
+_ROUNDS = 10_000  # of bidding, where hundreds are usual: then the exact solver takes over
 
 
 def assign(costs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,8 +111,10 @@ def _auctioned(cost: torch.Tensor, gap: float) -> tuple[torch.Tensor, float]:
     prices = torch.zeros(size)
     bound = float(least.sum()) + float(above.amin(-1).double().sum())
     step = gap * bound / size  # an auction whose bids are so small ends within the gap of the best
-    while step > _EXACT * float(cost.mean()):
+    while step > _LOST * float(above.max()):
         index = _bid(above, prices, step, int(0.5 * gap * size))
+        if index is None:
+            break
         paid = float(cost.gather(-1, index.unsqueeze(-1)).sum())
         dual = prices.double() - least
         bound = max(bound, float((cost + dual).amin(-1).sum() - dual.sum()))
@@ -122,12 +125,18 @@ def _auctioned(cost: torch.Tensor, gap: float) -> tuple[torch.Tensor, float]:
     return index, float(cost.gather(-1, index.unsqueeze(-1)).sum())
 
 
-def _bid(cost: torch.Tensor, prices: torch.Tensor, step: float, left: int) -> torch.Tensor:
-    """Auction columns until at most some rows are left; return every row's column, and raise the prices."""
+def _bid(cost: torch.Tensor, prices: torch.Tensor, step: float, left: int) -> torch.Tensor | None:
+    """Auction columns until at most some rows are left; return every row's column, and raise the prices.
+
+    None if too many rows bid for the same columns for too long.
+    """
     owner = torch.full_like(prices, -1, dtype=torch.int64)
     index = torch.full_like(owner, -1)
-    rows = torch.arange(len(cost))
+    rows, rounds = torch.arange(len(cost)), 0
     while len(rows) > left:
+        if rounds == _ROUNDS:
+            return None
+        rounds += 1
         two, columns = torch.topk(cost[rows] + prices, 2, largest=False)
         bids, wanted = two[:, 1] - two[:, 0] + step, columns[:, 0]
         highest = torch.zeros_like(prices).scatter_reduce(0, wanted, bids, "amax")
