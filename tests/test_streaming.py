@@ -127,7 +127,7 @@ def test_a_planted_twin_is_recovered(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], own[name]) for name in own)
 
 
-@pytest.mark.parametrize("target", [0, 1])
+@pytest.mark.parametrize("target", [pytest.param(0, marks=pytest.mark.nightly), 1])
 def test_widths_and_shares_may_differ(parents: list[Path], tmp_path: Path, target: int) -> None:
     llama(7, hidden=40).save_pretrained(tmp_path / "wide")
     fuse([tmp_path / "wide", parents[1]], tmp_path / "out", weights=[3, 1], target=target)

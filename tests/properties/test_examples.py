@@ -52,6 +52,7 @@ def test_passes_run_in_a_pipeline_of_ones_own(capsys: pytest.CaptureFixture[str]
     assert printed.count("agrees: True") == 3
 
 
+@pytest.mark.nightly
 def test_a_large_checkpoint_but_tiny(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
