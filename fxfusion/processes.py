@@ -22,7 +22,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class Processes:
     """The processes that work together.
 
@@ -31,7 +31,7 @@ class Processes:
     rank, count : int
         Which of them this one is.
     group : torch.distributed.ProcessGroup or None
-        None if there is one process alone.
+        None if there is one process alone, and when the work is over.
     """
 
     rank: int = 0
@@ -159,8 +159,13 @@ def launched() -> Iterator[Processes]:
         return
     distributed.init_process_group("gloo")
     try:
-        with together() as processes:
-            yield processes
+        with together() as working:
+            try:
+                yield working
+            finally:
+                # Whoever still holds them would keep the group's threads to the end of the interpreter, where
+                # a thread that asks for it aborts the process.
+                working.group = None
     finally:
         distributed.destroy_process_group()
 

@@ -43,6 +43,8 @@ with launched() as processes:
     except ValueError as error:
         said = f"raised in {processes.rank} of {processes.count}: {error}"
         Path(f"{processes.rank}.txt").write_text(said)  # what two print at once may be torn
+
+assert processes.group is None  # else its threads may abort the interpreter's end
 """
 
 
