@@ -36,8 +36,8 @@ from measure import Measured
 from methods import average, fuse, loaded
 from rich.console import Console
 from rich.table import Table
-from run import write
-from tasks import Size, Task, load
+from run import chosen_task, pairs_of, shown_arguments, write
+from tasks import Size, Task
 from torch import nn
 
 import fxfusion
@@ -310,15 +310,10 @@ def main(
     output: Annotated[Path | None, typer.Option(help="Markdown file to write the table to.")] = None,
 ) -> None:
     """Set the paper's code and ours side by side."""
-    if table not in TABLES or task not in TASKS:
-        raise typer.BadParameter(f"give one of {', '.join(TABLES)} and --task one of {', '.join(TASKS)}")
-    torch.set_num_threads(1)  # small operators: threads cost more than they gain
-    found = load(task, data)
-    if size is not None:
-        found = dataclasses.replace(found, size=Size(*map(int, size.split(","))))
-    found = dataclasses.replace(found, test=(found.test[0][::tested], found.test[1][::tested]))
-    pairs = 1 if table == "speed" else pairs
-    chosen = [(left, right) for right in range(1, pairs + 1) for left in range(right)][:pairs]
+    if table not in TABLES:
+        raise typer.BadParameter(f"give one of {', '.join(TABLES)}")
+    found = chosen_task(task, data, size, tested, TASKS)
+    chosen = list(pairs_of(1 if table == "speed" else pairs))
     make = found.build if untrained else functools.partial(found.parent, checkpoints=checkpoints)
     made = [make(found.size, seed) for seed in range(max(map(max, chosen)) + 1)]
     parents = [[made[left], made[right]] for left, right in chosen]
@@ -331,8 +326,9 @@ def main(
     if output is not None:
         title = f"beside the reference: {table}, {task}"
         lines = [f"| {' | '.join(row)} |" for row in (headings, ["---"] * len(headings), *rows)]
+        command = " ".join(["python examples/paper/beside_reference.py", *shown_arguments(sys.argv[1:])])
         facts = f"{found.size}, {samples} calibration images, {len(found.test[0])} test images."
-        write(output, title, "\n".join([f"## {title}", "", facts, "", *lines, ""]))
+        write(output, title, "\n".join([f"## {title}", "", f"`{command}`", "", facts, "", *lines, ""]))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ import dataclasses
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -92,11 +92,8 @@ class Study:
 
     def each(self, size: Size | None = None) -> Iterable[tuple[nn.Module, nn.Module]]:
         """Yield pairs of parents, every two of as few as are needed; the first may have another size."""
-        for right in itertools.count(1):
-            for left in range(right):
-                if right * (right - 1) // 2 + left >= self.pairs:
-                    return
-                yield self.parent(left, size), self.parent(right)
+        for left, right in pairs_of(self.pairs):
+            yield self.parent(left, size), self.parent(right)
 
     @property
     def learning(self) -> dict[str, Any]:
@@ -461,6 +458,24 @@ def write(output: Path, title: str, section: str) -> None:
     output.write_text(f"{head.rstrip()}\n{body}\n{section}", encoding="utf-8")
 
 
+def pairs_of(count: int) -> Iterator[tuple[int, int]]:
+    """Yield so many pairs of seeds, every two of as few as are needed."""
+    return itertools.islice(((left, right) for right in itertools.count(1) for left in range(right)), count)
+
+
+def chosen_task(
+    name: str, data: Path | None, size: str | None, tested: int | None, names: Sequence[str] = TASKS
+) -> Task:
+    """Return a task; of networks of another size, or scored on a part of its test data, if that is wanted."""
+    if name not in names:
+        raise typer.BadParameter(f"give --task one of {', '.join(names)}")
+    torch.set_num_threads(1)  # small operators: threads cost more than they gain
+    found = load(name, data)
+    if size is not None:
+        found = dataclasses.replace(found, size=Size(*map(int, size.split(","))))
+    return dataclasses.replace(found, test=(found.test[0][::tested], found.test[1][::tested]))
+
+
 def main(
     table: Annotated[str, typer.Argument(help=f"One of {', '.join(TABLES)}.")],
     task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")] = "digits",
@@ -481,16 +496,11 @@ def main(
     output: Annotated[Path | None, typer.Option(help="Markdown file to write the table to.")] = None,
 ) -> None:
     """Make a table."""
-    if table not in TABLES or task not in TASKS:
-        raise typer.BadParameter(f"give one of {', '.join(TABLES)} and --task one of {', '.join(TASKS)}")
-    torch.set_num_threads(1)  # small operators: threads cost more than they gain
-    found = load(task, data)
+    if table not in TABLES:
+        raise typer.BadParameter(f"give one of {', '.join(TABLES)}")
+    found = chosen_task(task, data, size, tested)
     if steps is not None:
         found = dataclasses.replace(found, steps=steps)
-    if size is not None:
-        found = dataclasses.replace(found, size=Size(*map(int, size.split(","))))
-    if tested is not None:
-        found = dataclasses.replace(found, test=(found.test[0][::tested], found.test[1][::tested]))
     found = dataclasses.replace(found, untie=untie)
     place = output.parent if output is not None else Path()
     picture = place / f"landscape-{task}.png"
@@ -503,18 +513,18 @@ def main(
         shown.add_row(*row)
     Console().print(shown)
     if output is not None:
-        command = " ".join(["python examples/paper/run.py", *_shown(sys.argv[1:])])
+        command = " ".join(["python examples/paper/run.py", *shown_arguments(sys.argv[1:])])
         drawn = picture if table == "landscape" else None
         write(output, f"{table}, {task}", _section(table, found, command, scores, drawn))
 
 
-def _shown(arguments: list[str]) -> list[str]:
+def shown_arguments(arguments: list[str]) -> list[str]:
     """Return the command line without folders of one's own."""
     shown, private = [], False
     for argument in arguments:
         if private:
             argument = "DIRECTORY"
-        private = argument in ("--data", "--checkpoints")
+        private = argument in ("--data", "--checkpoints", "--reference")
         shown.append(argument)
     return shown
 
