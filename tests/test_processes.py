@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -77,9 +78,9 @@ def test_from_file_to_file(tmp_path: Path) -> None:
     assert any(not torch.equal(parent[name], tensor) for name, tensor in read_weights(both).items())
 
 
-def test_calibrated(tmp_path: Path) -> None:
-    """Five batches, the last smaller, on two processes, which do not divide them."""
-    count = 2
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.nightly)])
+def test_calibrated(tmp_path: Path, count: int) -> None:
+    """Five batches, the last smaller, on two and three processes, which do not divide them."""
     (tmp_path / "networks.py").write_text(NETWORK)
     sys.path.insert(0, str(tmp_path))
     try:
