@@ -16,10 +16,10 @@ import shutil
 import sys
 from collections.abc import Iterator
 
+__all__ = ["replacing", "take_place", "write_bytes", "write_text"]
+
 _HERE = -100  # AT_FDCWD: relative paths count from the working directory
 _BOTH = 2  # RENAME_EXCHANGE
-
-__all__ = ["replacing", "take_place", "write_bytes", "write_text"]
 
 
 @contextlib.contextmanager

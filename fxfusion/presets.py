@@ -17,7 +17,8 @@ def reference(
 
     It transports queries and keys separately and pays no heed to heads, so that an aligned parent no
     longer computes what it did: our defaults are better. Where the assignment of a class token alone is
-    not unique (its units differ in one number), another of the best ones may come out.
+    not unique (its units differ in one number), another of the best ones may come out. Residual policies that
+    weigh use activations as they are, where the published code takes standardised ones.
 
     Parameters
     ----------

@@ -143,11 +143,15 @@ def together(group: distributed.ProcessGroup | None = None) -> Iterator[Processe
     chosen: Any = group or distributed.group.WORLD
     if distributed.get_backend(chosen) != "gloo":
         chosen = distributed.new_group(distributed.get_process_group_ranks(chosen), backend="gloo")
-    token = _CURRENT.set(Processes(distributed.get_rank(chosen), distributed.get_world_size(chosen), chosen))
+    processes = Processes(distributed.get_rank(chosen), distributed.get_world_size(chosen), chosen)
+    token = _CURRENT.set(processes)
     try:
-        yield current()
+        yield processes
     finally:
         _CURRENT.reset(token)
+        # Whoever still holds them would keep the group's threads to the end of the interpreter, where a
+        # thread that asks for it aborts the process.
+        processes.group = None
 
 
 @contextlib.contextmanager
@@ -159,13 +163,8 @@ def launched() -> Iterator[Processes]:
         return
     distributed.init_process_group("gloo")
     try:
-        with together() as working:
-            try:
-                yield working
-            finally:
-                # Whoever still holds them would keep the group's threads to the end of the interpreter, where
-                # a thread that asks for it aborts the process.
-                working.group = None
+        with together() as processes:
+            yield processes
     finally:
         distributed.destroy_process_group()
 

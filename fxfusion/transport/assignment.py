@@ -109,20 +109,24 @@ def _auctioned(cost: torch.Tensor, gap: float) -> tuple[torch.Tensor, float]:
         return torch.zeros(size, dtype=torch.int64), float(cost.sum())
     above = (cost - least).float()
     prices = torch.zeros(size)
-    bound = float(least.sum()) + float(above.amin(-1).double().sum())
+    bound = _bound(cost, -least)
     step = gap * bound / size  # an auction whose bids are so small ends within the gap of the best
     while step > _LOST * float(above.max()):
         index = _bid(above, prices, step, int(0.5 * gap * size))
         if index is None:
             break
         paid = float(cost.gather(-1, index.unsqueeze(-1)).sum())
-        dual = prices.double() - least
-        bound = max(bound, float((cost + dual).amin(-1).sum() - dual.sum()))
+        bound = max(bound, _bound(cost, prices.double() - least))
         if paid - bound <= gap * bound:
             return index, bound
         step /= _FINER
     index = _assigned(cost)
     return index, float(cost.gather(-1, index.unsqueeze(-1)).sum())
+
+
+def _bound(cost: torch.Tensor, prices: torch.Tensor) -> float:
+    """Return what no assignment costs less than, by a price for every column."""
+    return float((cost + prices).amin(-1).sum() - prices.sum())
 
 
 def _bid(cost: torch.Tensor, prices: torch.Tensor, step: float, left: int) -> torch.Tensor | None:
