@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from fxfusion.atomic import replacing
 from fxfusion.errors import CheckpointError
@@ -146,13 +147,16 @@ def load_into(model: nn.Module, weights: Mapping[str, Tensor], reference: str) -
 
 
 def check_fits(
-    model: nn.Module, shells: Mapping[str, Tensor], weights: Mapping[str, Tensor], reference: str
+    model: nn.Module | ExportedProgram,
+    shells: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    reference: str,
 ) -> None:
     """Say everything in which weights do not fit a model.
 
     Parameters
     ----------
-    model : torch.nn.Module
+    model : torch.nn.Module or torch.export.ExportedProgram
     shells : mapping of str to Tensor
         Names, shapes and kinds; what is in the tensors does not count.
     weights : mapping of str to Tensor
@@ -176,8 +180,8 @@ def check_fits(
         raise CheckpointError(f"{reference} does not fit {type(model).__name__}:\n" + "\n".join(problems))
 
 
-def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    content = model.state_dict(keep_vars=True)
+def _tensors_of(model: nn.Module | ExportedProgram) -> dict[str, Tensor]:
+    content = model.state_dict if isinstance(model, ExportedProgram) else model.state_dict(keep_vars=True)
     return {name: value for name, value in content.items() if isinstance(value, Tensor)}
 
 

@@ -760,7 +760,7 @@ def _fuse_files(
         report = fuse_files(
             [path for _, path in found],
             recipe.output,
-            [references.module_of(resolved) for resolved, _ in found],
+            [resolved.model for resolved, _ in found],
             example.args,
             example.kwargs,
             weights=recipe.shares,

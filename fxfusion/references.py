@@ -18,10 +18,8 @@ import contextlib
 import dataclasses
 import difflib
 import importlib
-import io
 import json
 import sys
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -31,6 +29,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from fxfusion import checkpoints
+from fxfusion.archives import SUFFIX, hollow_archive, load_archive
 from fxfusion.errors import CheckpointError, FusionError, ModelReferenceError
 from fxfusion.hollow import hollow
 
@@ -177,8 +176,8 @@ def resolve(reference: str, *, weights: bool = True) -> ResolvedModel:
         return _resolve_timm(reference, weights)
     if reference.startswith("hf:"):
         return _resolve_huggingface(reference, weights)
-    if reference.endswith(".pt2"):
-        return _resolve_exported(reference)
+    if reference.endswith(SUFFIX):
+        return _resolve_exported(reference, weights)
     if ":" in reference:
         return _resolve_factory(reference, weights)
     raise ModelReferenceError(f"{reference!r} names no model: write {FORMS}{_path_hint(reference)}")
@@ -190,12 +189,13 @@ def resolve_hollow(reference: str) -> tuple[ResolvedModel, Path]:
     Parameters
     ----------
     reference : str
-        ``hf:DIRECTORY``, or ``timm:NAME@FILE`` or a factory with a file.
+        ``hf:DIRECTORY``, ``FILE.pt2``, or ``timm:NAME@FILE`` or a factory with a file.
 
     Returns
     -------
     ResolvedModel, Path
-        The model as :func:`fxfusion.hollow.hollow` makes it, and the directory or file of its weights.
+        The model as :func:`fxfusion.hollow.hollow` or :func:`fxfusion.archives.hollow_archive` makes it, and
+        the directory or file of its weights.
 
     Raises
     ------
@@ -211,10 +211,12 @@ def resolve_hollow(reference: str) -> tuple[ResolvedModel, Path]:
         with quiet_transformers():
             model = hollow(lambda: _build(reference, lambda: model_class._from_config(settings)))
         return ResolvedModel(reference, model, "hf", files, directory), directory
+    if reference.endswith(SUFFIX):
+        return _resolve_exported(reference, weights=False), Path(reference)
     head, at, file = reference.partition("@")
-    if not at or not file or reference.endswith(".pt2"):
+    if not at or not file:
         raise ModelReferenceError(
-            f"{reference} names no weights that could be read by and by: give hf:DIRECTORY, "
+            f"{reference} names no weights that could be read by and by: give hf:DIRECTORY, FILE.pt2, "
             "timm:NAME@weights.safetensors or package.module:factory@weights.safetensors"
         )
     files = checkpoints.checkpoint_files(file)
@@ -467,68 +469,6 @@ def _load_huggingface(reference: str, model_class: Any, directory: Path) -> nn.M
     return model
 
 
-def _resolve_exported(reference: str) -> ResolvedModel:
+def _resolve_exported(reference: str, weights: bool) -> ResolvedModel:
     path = Path(reference)
-    _require_plain_archive(path)
-    try:
-        program = torch.export.load(path)
-    except Exception as error:
-        raise CheckpointError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
-    return ResolvedModel(reference, program, "pt2", (path,))
-
-
-def _require_plain_archive(path: Path) -> None:
-    """Refuse a ``.pt2`` that torch.export.load would have to unpickle or execute."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist or is not a file")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-            if damaged is None:
-                _check_archive(path, archive)
-    except (zipfile.BadZipFile, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is truncated or not a file of torch.export.save ({error})") from error
-    if damaged is not None:
-        raise CheckpointError(f"{path} is damaged at {damaged}: export or copy it again")
-
-
-def _check_archive(path: Path, archive: zipfile.ZipFile) -> None:
-    names = archive.namelist()
-    # An archive of today keeps everything in one folder; torch.export.load falls back to unpickling files
-    # at the top. Of two files with one name we could see another than torch does.
-    if len(set(names)) < len(names) or any("/" not in name for name in names):
-        raise CheckpointError(f"{path} is in an old format: save it again with torch.export.save")
-    if not any("/models/" in name and name.endswith(".json") for name in names):
-        raise CheckpointError(f"{path} holds no exported program: write it with torch.export.save")
-    for name in names:
-        _check_entry(path, archive, name)
-
-
-def _check_entry(path: Path, archive: zipfile.ZipFile, name: str) -> None:
-    inner = name.partition("/")[2]
-    is_payload = inner.startswith(("data/weights/", "data/constants/"))
-    if inner.startswith("data/aotinductor/"):
-        raise CheckpointError(f"{path} holds compiled code ({name}), which fxfusion does not run")
-    if is_payload and inner.endswith(".pt"):
-        raise CheckpointError(f"{path} pickles its weights: save it again with torch.export.save")
-    if is_payload and inner.endswith("_config.json"):
-        entries = json.loads(archive.read(name))["config"]
-        pickled = sorted(key for key, entry in entries.items() if entry["use_pickle"])
-        if pickled:
-            raise CheckpointError(
-                f"{path} pickles {checkpoints.listed(pickled)}, which fxfusion does not open"
-            )
-    if inner.startswith("data/sample_inputs/"):
-        _check_sample_inputs(path, archive.read(name))
-
-
-def _check_sample_inputs(path: Path, content: bytes) -> None:
-    if not content:
-        return
-    try:
-        torch.load(io.BytesIO(content), weights_only=True)
-    except Exception as error:
-        raise CheckpointError(
-            f"{path} holds example inputs that are more than tensors and plain values, which would have to "
-            f"be unpickled: {error}"
-        ) from error
+    return ResolvedModel(reference, load_archive(path) if weights else hollow_archive(path), "pt2", (path,))

@@ -5,14 +5,16 @@ A checkpoint larger than memory is a mapping like any other: what is read from i
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from fxfusion.archives import SUFFIX, archived_tensors
 from fxfusion.checkpoints import checkpoint_files, unreadable
 from fxfusion.errors import CheckpointError, InvalidWeightError
 
@@ -31,12 +33,13 @@ _DTYPES = {
 
 
 class StoredWeights(Mapping[str, torch.Tensor]):
-    """The tensors of a safetensors checkpoint by name, none of them in memory.
+    """The tensors of a checkpoint by name, none of them in memory.
 
     Parameters
     ----------
     path : str or Path
-        A file, an index beside its shards, or a directory that holds either.
+        A safetensors file, an index beside its shards, a directory that holds either, or a file of
+        ``torch.export.save``.
     aliases : mapping of str to str, optional
         Further names of tensors, as tied weights have.
 
@@ -74,15 +77,17 @@ class StoredWeights(Mapping[str, torch.Tensor]):
 
     def __init__(self, path: str | Path, aliases: Mapping[str, str] | None = None) -> None:
         self.path = Path(path)
-        self.files = checkpoint_files(path)
+        archived = self.path.suffix == SUFFIX
+        self.files = (self.path,) if archived else checkpoint_files(path)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self.reads: dict[str, int] = {}
         self.bytes_read = 0
         self.seconds = 0.0
         self._file: dict[str, Path] = {}
+        self._read: dict[str, Callable[[], torch.Tensor]] = {}
         for file in self.files:
-            self._list(file)
+            (self._list_archive if archived else self._list)(file)
         if not self._file:
             raise CheckpointError(f"{path} holds no tensors")
         known = self._file
@@ -102,10 +107,16 @@ class StoredWeights(Mapping[str, torch.Tensor]):
                             f"{file} holds {name} as {part.get_dtype()}, which is not known here: convert it"
                         )
                     self._file[name] = file
+                    self._read[name] = functools.partial(_read, file, name)
                     self.shapes[name] = tuple(part.get_shape())
                     self.dtypes[name] = _DTYPES[part.get_dtype()]
         except (SafetensorError, OSError, ValueError) as error:
             raise unreadable(file, error) from error
+
+    def _list_archive(self, file: Path) -> None:
+        for name, item in archived_tensors(file).items():
+            self._file[name], self._read[name] = file, item.read
+            self.shapes[name], self.dtypes[name] = item.shape, item.dtype
 
     @property
     def size(self) -> int:
@@ -129,12 +140,7 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         kept = self._aliases.get(name, name)
         file = self._file[kept]
         start = time.perf_counter()
-        try:
-            with safe_open(file, framework="pt") as content:
-                # The file is mapped: only a copy lets go of its pages.
-                found: torch.Tensor = content.get_tensor(kept).clone()
-        except (SafetensorError, OSError, ValueError) as error:
-            raise unreadable(file, error) from error
+        found = self._read[kept]()
         self.seconds += time.perf_counter() - start
         self.bytes_read += found.nbytes
         if kept not in self.reads and found.is_floating_point() and not bool(found.isfinite().all()):
@@ -153,6 +159,16 @@ class StoredWeights(Mapping[str, torch.Tensor]):
 
     def __contains__(self, name: Any) -> bool:
         return name in self._file or name in self._aliases
+
+
+def _read(file: Path, name: str) -> torch.Tensor:
+    try:
+        with safe_open(file, framework="pt") as content:
+            # The file is mapped: only a copy lets go of its pages.
+            found: torch.Tensor = content.get_tensor(name).clone()
+    except (SafetensorError, OSError, ValueError) as error:
+        raise unreadable(file, error) from error
+    return found
 
 
 def bytes_of(state: Mapping[str, torch.Tensor], name: str) -> int:

@@ -20,12 +20,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
 
 from fxfusion.atomic import replacing, take_place, write_text
 from fxfusion.average import weighted_average
 from fxfusion.calibration import Batches
-from fxfusion.capture import tied_groups
+from fxfusion.capture import Model, tied_groups
 from fxfusion.checkpoints import (
     INDEX_NAME,
     REPORT_SUFFIX,
@@ -93,7 +92,7 @@ class _Work:
 def fuse_files(
     parents: Sequence[str | Path],
     out: str | Path,
-    models: Sequence[nn.Module],
+    models: Sequence[Model],
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     weights: Sequence[float] | None = None,
@@ -106,7 +105,7 @@ def fuse_files(
     gap: float = 0.0,
     progress: Progress | None = None,
 ) -> FusionReport:
-    """Fuse checkpoints without loading them: from safetensors files to safetensors files.
+    """Fuse checkpoints without loading them, from file to file; the result is safetensors.
 
     Memory holds a few parameters at a time, and one shard of the result. Permutations are solved, hard; other
     widths may be fused, too. Numbers are averaged in float32 and stored as the target's are.
@@ -114,14 +113,15 @@ def fuse_files(
     Parameters
     ----------
     parents : sequence of str or Path
-        A safetensors file each, an index beside its shards, or a directory with either.
+        A safetensors file each, an index beside its shards, a directory with either, or a ``.pt2`` file.
     out : str or Path
         The directory to write: shards with an index, the target's configuration and tokenizer files, a model
         card, a report. An empty one or an earlier fusion is replaced. A run that was interrupted is gone on
         with if it is started again with the same parents and options.
-    models : sequence of torch.nn.Module
+    models : sequence of torch.nn.Module or torch.export.ExportedProgram
         Per parent, a network of its class, whose parameters do not count: see
-        :func:`fxfusion.hollow.hollow`. Buffers that a checkpoint holds are read into the target's.
+        :func:`fxfusion.hollow.hollow` and :func:`fxfusion.archives.hollow_archive`. Buffers that a checkpoint
+        holds are read into the target's.
     args, kwargs : sequence, mapping
         Example inputs of all.
     weights, target, seed, outputs, progress
@@ -156,6 +156,7 @@ def fuse_files(
     >>> from fxfusion.checkpoints import read_weights, save_weights
     >>> from fxfusion.hollow import hollow
     >>> folder = Path(tempfile.mkdtemp())
+    >>> from torch import nn
     >>> make = lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> paths = [folder / "a.safetensors", folder / "b.safetensors"]
     >>> for path in paths:
@@ -203,13 +204,13 @@ def fuse_files(
 # -- what is read --------------------------------------------------------------------------------------
 
 
-def _aliases(model: nn.Module) -> dict[str, str]:
+def _aliases(model: Model) -> dict[str, str]:
     """Return for every name of a tied tensor the others', whichever of them a file holds."""
     return {name: other for group in tied_groups(model) for name in group for other in group if other != name}
 
 
 def _bound(
-    models: Sequence[nn.Module],
+    models: Sequence[Model],
     stored: Sequence[StoredWeights],
     target: int,
     args: Sequence[Any],
@@ -235,7 +236,7 @@ def _bound(
 
 
 def _planned(
-    model: nn.Module,
+    model: Model,
     stored: StoredWeights,
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None,
@@ -251,7 +252,7 @@ def _planned(
 # -- stages --------------------------------------------------------------------------------------------
 
 
-def _certify(work: _Work, models: Sequence[nn.Module], seed: int) -> None:
+def _certify(work: _Work, models: Sequence[Model], seed: int) -> None:
     start = time.perf_counter()
     # Finding out whether rounding alone would do the same takes all weights at once.
     work.state.certificates = certify_all(work.state, models, seed, work.progress, diagnose=False)

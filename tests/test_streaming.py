@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.export import Dim, ExportedProgram
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import fxfusion
 from fxfusion import streaming
+from fxfusion.archives import hollow_archive
 from fxfusion.checkpoints import read_weights, save_weights, write_safetensors
 from fxfusion.cli import app
 from fxfusion.errors import (
@@ -472,6 +474,83 @@ def test_the_command_streams(parents: list[Path], tmp_path: Path) -> None:
     again = CliRunner().invoke(app, ["fuse", *references, "-o", str(out), "--stream", "--repair", "norms"])
     assert again.exit_code != 0
     assert isinstance(again.exception, OptionError) or "--stream solves permutations" in again.output
+
+
+class Folding(nn.Module):
+    """Tied weights, statistics, a constant, and a weight that is stored transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.norm = nn.Linear(6, 12), nn.BatchNorm1d(12)
+        self.inner = nn.Parameter(torch.randn(12, 12).T)
+        self.leave = nn.Linear(12, 6)
+        self.leave.weight = nn.Parameter(torch.randn(12, 6).T.contiguous())
+        self.again = nn.Linear(6, 12, bias=False)
+        self.again.weight = self.enter.weight
+        self.register_buffer("scale", torch.arange(6.0), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.relu(self.norm(self.enter(x)) + self.again(x)) @ self.inner
+        return self.leave(torch.relu(hidden)) * self.scale
+
+
+def archived(folder: Path, count: int = 2) -> tuple[list[Path], list[ExportedProgram]]:
+    paths, programs = [], []
+    for seed in range(count):
+        torch.manual_seed(seed)
+        model = Folding()
+        model.norm.running_mean = torch.randn(12)
+        x = torch.randn(4, 6)
+        programs.append(torch.export.export(model.eval(), (x,), dynamic_shapes=({0: Dim("batch")},)))
+        paths.append(folder / f"{seed}.pt2")
+        torch.export.save(programs[-1], paths[-1])
+    return paths, programs
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_archives_are_fused_from_file_to_file(tmp_path: Path, calibrated: bool) -> None:
+    """The same as two programs in memory, however their tensors are laid out; no weight is in the network."""
+    paths, programs = archived(tmp_path)
+    batches = list(torch.randn(3, 8, 6)) if calibrated else None
+    models = [hollow_archive(path) for path in paths]
+    assert {name: value.shape for name, value in models[1].state_dict.items()} == {
+        name: value.shape for name, value in programs[1].state_dict.items()
+    }
+    assert models[1].state_dict["enter.weight"] is models[1].state_dict["again.weight"]
+    report = streaming.fuse_files(paths, tmp_path / "out", models, calibration=batches)
+    expected = fxfusion.fuse(programs, calibration=batches, method="permutation", repair="none")
+    found = read_weights(tmp_path / "out")
+    assert sorted(found) == sorted(expected.state_dict())
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-6, msg=name)
+    assert report.spaces == expected.report.spaces
+
+
+def test_an_archive_is_read_tensor_by_tensor(tmp_path: Path) -> None:
+    (path,), (program,) = archived(tmp_path, 1)
+    stored = StoredWeights(path)
+    assert set(stored) == set(program.state_dict)
+    for name, tensor in program.state_dict.items():
+        assert torch.equal(stored[name], tensor), name
+        assert stored.shapes[name] == tuple(tensor.shape)
+    assert set(stored.reads.values()) == {1}
+    content = bytearray(path.read_bytes())
+    place = content.index(program.state_dict["inner"].detach().T.contiguous().numpy().tobytes())
+    content[place + 5] ^= 1
+    path.write_bytes(bytes(content))
+    damaged = StoredWeights(path)
+    assert torch.equal(damaged["leave.weight"], program.state_dict["leave.weight"])
+    with pytest.raises(CheckpointError, match="truncated or not a file"):
+        damaged["inner"]
+
+
+def test_the_command_streams_archives(tmp_path: Path) -> None:
+    paths, programs = archived(tmp_path)
+    out = tmp_path / "out"
+    result = CliRunner().invoke(app, ["fuse", *map(str, paths), "-o", str(out), "--stream"])
+    assert result.exit_code == 0, result.output
+    expected = fxfusion.fuse(programs).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in read_weights(out).items())
 
 
 def test_a_reference_without_weights_is_refused() -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import io
 import json
 import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
+from fxfusion.archives import hollow_archive, load_archive
 from fxfusion.checkpoints import read_weights
 from fxfusion.errors import FusionError
 from fxfusion.inputs import load_calibration
@@ -26,6 +30,8 @@ NAME = "model-00001-of-00001.safetensors"
 INDEX = {"metadata": {"total_size": 32}, "weight_map": dict.fromkeys(TENSORS, NAME)}
 SMALL = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 MANY = settings(SMALL, max_examples=25_000)
+FEW = settings(SMALL, max_examples=60)  # each loads two programs
+THOUSANDS = settings(SMALL, max_examples=5_000)
 
 
 def read_stored(path: Path) -> dict[str, torch.Tensor]:
@@ -71,6 +77,44 @@ INDEXES = st.one_of(
 )
 
 
+@functools.cache
+def archive() -> bytes:
+    file = io.BytesIO()
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)).eval()
+    torch.export.save(torch.export.export(model, (torch.ones(4, 3),)), file)
+    return file.getvalue()
+
+
+@st.composite
+def archives(draw: st.DrawFn) -> bytes:
+    """Draw an archive of which one part says something else, or is damaged, or is not there."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(archive())) as source, zipfile.ZipFile(made, "w") as goal:
+        names = source.namelist()
+        tables = [name for name in names if name.endswith("config.json")]
+        chosen = draw(st.sampled_from([*names, *tables * 9]))
+        for name in names:
+            content = source.read(name)
+            if name != chosen:
+                goal.writestr(name, content)
+            elif name.endswith("config.json") and draw(st.booleans()):
+                goal.writestr(name, json.dumps(draw(altered(json.loads(content)))))
+            elif draw(st.integers(0, 9)):
+                goal.writestr(name, draw(damaged(content)))
+    return made.getvalue()
+
+
+@st.composite
+def altered(draw: st.DrawFn, content: Any) -> Any:
+    """Draw JSON of which one value is another."""
+    if not isinstance(content, dict | list) or not content or not draw(st.integers(0, 5)):
+        return draw(VALUES | st.integers(-(2**70), 2**70))
+    changed = dict(content) if isinstance(content, dict) else dict(enumerate(content))
+    key = draw(st.sampled_from(sorted(changed)))
+    changed[key] = draw(altered(changed[key]))
+    return changed if isinstance(content, dict) else [changed[index] for index in sorted(changed)]
+
+
 def outcome(read: Callable[[Path], Any], path: Path) -> None:
     """Read a file; anything but an error of ours is a crash."""
     with contextlib.suppress(FusionError):
@@ -82,6 +126,15 @@ def check_file(content: bytes) -> None:
         path = Path(folder) / "model.safetensors"
         path.write_bytes(content)
         for read in (read_weights, read_stored, read_inputs):
+            outcome(read, path)
+
+
+def check_archive(content: bytes) -> None:
+    """Listing, reading and loading alike."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.pt2"
+        path.write_bytes(content)
+        for read in (read_stored, hollow_archive, load_archive):
             outcome(read, path)
 
 
@@ -114,6 +167,12 @@ def test_damaged_indexes(index: str) -> None:
     check_index(index)
 
 
+@FEW
+@given(st.deferred(lambda: damaged(archive())) | archives())
+def test_damaged_archives(content: bytes) -> None:
+    check_archive(content)
+
+
 @pytest.mark.nightly
 @MANY
 @given(damaged(SHARD))
@@ -126,3 +185,10 @@ def test_many_damaged_files(content: bytes) -> None:
 @given(INDEXES.map(json.dumps) | damaged(json.dumps(INDEX).encode()).map(lambda item: item.decode("latin1")))
 def test_many_damaged_indexes(index: str) -> None:
     check_index(index)
+
+
+@pytest.mark.nightly
+@THOUSANDS
+@given(st.deferred(lambda: damaged(archive())) | archives())
+def test_many_damaged_archives(content: bytes) -> None:
+    check_archive(content)
