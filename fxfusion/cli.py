@@ -62,14 +62,21 @@ Progress = Callable[[str, int, int], None]
 TOP_CAUSES = 10  # of elements without a free axis that ``plan`` lists
 
 
-class Features(enum.StrEnum):
+class _Words(str, enum.Enum):
+    """What an option may say: as ``enum.StrEnum``, which Python 3.10 lacks."""
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+class Features(_Words):
     """What units are compared by."""
 
     weights = "weights"
     activations = "activations"
 
 
-class Coupling(enum.StrEnum):
+class Coupling(_Words):
     """Whether a unit is matched to one unit or spread over several."""
 
     hard = "hard"
@@ -77,7 +84,7 @@ class Coupling(enum.StrEnum):
     widening = "widening"
 
 
-class Symmetry(enum.StrEnum):
+class Symmetry(_Words):
     """What may act on a space."""
 
     none = "none"
@@ -85,7 +92,7 @@ class Symmetry(enum.StrEnum):
     largest = "largest"
 
 
-class Repair(enum.StrEnum):
+class Repair(_Words):
     """What calibration data correct after averaging."""
 
     norms = "norms"
@@ -93,14 +100,14 @@ class Repair(enum.StrEnum):
     none = "none"
 
 
-class Group(enum.StrEnum):
+class Group(_Words):
     """What acts on every space."""
 
     permutation = "permutation"
     largest = "largest"
 
 
-class Method(enum.StrEnum):
+class Method(_Words):
     """Symmetry, repair and refinement by one name."""
 
     vanilla = "vanilla"

@@ -255,8 +255,8 @@ class Program:
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """Return the graph's flat inputs; keyword arguments that are no tensors default to the example's."""
         spec = self.capture.module._in_spec
-        _, keyword_spec = spec.children()
-        names = list(keyword_spec.context or [])
+        _, keywords = pytree.tree_unflatten([None] * spec.num_leaves, spec)
+        names = list(keywords)
         known = {
             **{key: value for key, value in self.capture.kwargs.items() if not _has_tensor(value)},
             **kwargs,

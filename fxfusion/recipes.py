@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import tomllib
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,11 @@ from fxfusion.errors import CalibrationRequiredError, OptionError, RecipeError, 
 from fxfusion.presets import reference
 from fxfusion.transport.hierarchy import Coupling
 from fxfusion.transport.options import Flow, Observe
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 LOADED_ONLY = (
     "features",

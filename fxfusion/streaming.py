@@ -433,8 +433,11 @@ def _resume(work: _Work, options: Mapping[str, Any]) -> None:
 
 
 def _hash(path: Path) -> str:
+    found = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while piece := file.read(2**20):
+            found.update(piece)
+    return found.hexdigest()
 
 
 def _keep_transports(path: Path, alignments: Mapping[int, Alignment]) -> None:

@@ -8,7 +8,6 @@ import dataclasses
 import pathlib
 import subprocess
 import sys
-import tomllib
 
 import pytest
 import torch
@@ -30,6 +29,11 @@ from fxfusion.passes.repair import Repair
 from fxfusion.state import state_of
 from fxfusion.transport.hierarchy import Coupling
 from tests import zoo
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

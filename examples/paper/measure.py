@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from types import TracebackType
-from typing import Self
 
 import psutil
 
@@ -25,7 +24,7 @@ class Measured:
         The largest resident memory, less what was resident before.
     """
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Measured:
         self.seconds = self.mebibytes = 0.0
         _give_back()
         self._process = psutil.Process()
