@@ -110,12 +110,12 @@ def _applied(plan: Plan, scaling: Scaling, factor: torch.Tensor, state: State) -
 def _best_factors(plan: Plan, scaling: Scaling, state: State) -> tuple[torch.Tensor, float]:
     """Return every unit's best factor, and the largest logarithm."""
     squares = _summed(plan, scaling, state, lambda rows: rows.square().sum(-1))
-    exponents = torch.tensor(list(squares), dtype=torch.float64)
     weighed = torch.stack(list(squares.values()), -1)  # [outer..., n, exponents]
+    exponents = weighed.new_tensor(list(squares))
     written = (weighed * (exponents > 0)).sum(-1)
     read = (weighed * (exponents < 0)).sum(-1)
     alive = torch.minimum(written, read) * LARGEST > torch.maximum(written, read)
-    logarithm = torch.zeros(weighed.shape[:-1], dtype=torch.float64)
+    logarithm = weighed.new_zeros(weighed.shape[:-1])
     for _ in range(_NEWTON):  # convex, and quadratic near its end
         terms = weighed * torch.exp(2 * exponents * logarithm.unsqueeze(-1))
         slope, bend = (terms * exponents).sum(-1), 2 * (terms * exponents.square()).sum(-1)
@@ -131,7 +131,7 @@ def _best_map(plan: Plan, scaling: Scaling, state: State) -> tuple[torch.Tensor,
     """Return the best map of head dimensions, and how far it is from none."""
     grams = _summed(plan, scaling, state, lambda rows: rows @ rows.mT)
     itself, inverse = grams[1.0], grams[-1.0]
-    eye = torch.eye(itself.shape[-1], dtype=torch.float64)
+    eye = torch.eye(itself.shape[-1], dtype=torch.float64, device=itself.device)
     if max(map(_condition, (itself, inverse))) > LARGEST:
         return eye.expand_as(itself), 0.0
     root = _power(itself, 0.5)

@@ -260,7 +260,7 @@ def _score(
             raise CalibrationMismatchError(
                 f"labels have shape {tuple(labels.shape)}, predictions {tuple(logits.shape[:-1])}"
             )
-        logits, labels = logits.flatten(0, -2).float(), labels.flatten()
+        logits, labels = logits.flatten(0, -2).float(), labels.flatten().to(logits.device)
         loss += float(functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"))
         right += int((logits.argmax(-1) == labels)[labels != IGNORED].sum())
         total += int((labels != IGNORED).sum())

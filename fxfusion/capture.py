@@ -23,6 +23,7 @@ from torch import fx
 from torch.export import Dim, ExportedProgram
 from torch.export.dynamic_shapes import ShapesCollection
 
+from fxfusion.devices import device_of, onto
 from fxfusion.errors import CaptureError, InputError, OutputSelectionError
 from fxfusion.specialise import Specialised
 
@@ -161,8 +162,10 @@ def capture(model: Model, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | 
     if isinstance(args, torch.Tensor):
         raise InputError("args is a tensor: give a tuple of positional inputs, (tensor,)")
     if isinstance(model, ExportedProgram):
-        return _from_program(model, model, "ExportedProgram", *_example_of(model, args, kwargs))
-    given = tuple(args), dict(kwargs or {})
+        example = onto(_example_of(model, args, kwargs), device_of(model.state_dict.values()))
+        return _from_program(model, model, "ExportedProgram", *example)
+    device = device_of([*model.parameters(), *model.buffers()])
+    given = onto((tuple(args), dict(kwargs or {})), device)
     example = _double_single_sample(given)
     name = type(model).__name__
     # Export leaves traces in the module's train/eval flags only when it fails: restore them ourselves.

@@ -115,7 +115,7 @@ def _rounded(state: Mapping[str, torch.Tensor], generator: torch.Generator) -> d
         wide = tensor.detach().double() if tensor.is_floating_point() else tensor
         if tensor.is_floating_point():
             noise = torch.randn(wide.shape, generator=generator, dtype=torch.float64)
-            wide = wide * (1 + torch.finfo(torch.float64).eps * noise)
+            wide = wide * (1 + torch.finfo(torch.float64).eps * noise.to(wide.device))
         moved[name] = wide
     return moved
 
@@ -155,6 +155,7 @@ def randomise(inputs: Any, generator: torch.Generator) -> Any:
     """
 
     def redraw(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.cpu()
         if tensor.is_floating_point():
             drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float32)
             return drawn.to(tensor.dtype) * tensor.std() + tensor.mean() if tensor.numel() > 1 else drawn

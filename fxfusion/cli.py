@@ -157,6 +157,9 @@ ReportOption = Annotated[
     typer.Option("--json", metavar="FILE", help="Write the report (with --dry-run: what it takes) as JSON."),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Same inputs and seed, same result.")]
+DeviceOption = Annotated[
+    str, typer.Option("--device", help="Where to fuse: cpu, cuda, or auto, a GPU if there is one.")
+]
 
 
 def main() -> None:
@@ -407,6 +410,7 @@ def fuse(
     given: InputOption = None,
     outputs: OutputsOption = None,
     seed: SeedOption = 0,
+    device: DeviceOption = "cpu",
     dry_run: DryRunOption = False,
     json_file: ReportOption = None,
 ) -> None:
@@ -447,6 +451,7 @@ def fuse(
         inputs=tuple(given or ()),
         outputs=_names(outputs),
         seed=seed,
+        device=device,
     )
     _carry_out(recipe, dry_run, json_file)
 
@@ -722,13 +727,15 @@ def _fuse_loaded(
     with _progress(console) as progress:
         import fxfusion
         from fxfusion import references
+        from fxfusion.devices import chosen
 
+        device = chosen(recipe.device)
         resolved = []
         for index, model in enumerate(recipe.models):
             progress("loading models", index, len(recipe.models))
             resolved.append(references.resolve(model))
         progress("loading models", len(resolved), len(resolved))
-        resolved = _untied(resolved, recipe.untie)
+        resolved = [item.placed(device) for item in _untied(resolved, recipe.untie)]
         target = resolved[recipe.target]
         _check_output(recipe.output, resolved, target)
         batches = _calibration(recipe.calibration, target, recipe.batch_size)

@@ -146,7 +146,7 @@ class Similarity:
 
     def update(self, left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> None:
         """Add samples: one ``[rows, units]`` per layer, the same rows everywhere."""
-        grams = [torch.stack([_gram(item) for item in side]) for side in (left, right)]
+        grams = [torch.stack([_gram(item).cpu() for item in side]) for side in (left, right)]
         self.cross += torch.einsum("iab,jab->ij", *grams)
         for total, gram in zip(self.own, grams, strict=True):
             total += gram.square().sum((1, 2))

@@ -17,6 +17,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from fxfusion.capture import Capture, Model, source_line
+from fxfusion.devices import device_of, onto
 from fxfusion.errors import CalibrationMismatchError, InputError
 from fxfusion.rules.registry import operator_name
 
@@ -88,6 +89,7 @@ class Program:
     def __init__(self, capture: Capture, double: bool = False) -> None:
         self.capture = capture
         self.double = double
+        self.device = device_of(capture.module.state_dict().values())
         self.nodes = list(capture.module.graph.nodes)
         self.placeholders = [node for node in self.nodes if node.op == "placeholder"]
         self._dead = _last_uses(self.nodes)
@@ -160,7 +162,7 @@ class Program:
 
     def start(self, args: Sequence[Any], kwargs: Mapping[str, Any], states: int) -> Live:
         """Return a batch before the first node, to be run on so many weight sets."""
-        inputs = map(self._cast, self.flatten(args, kwargs))
+        inputs = map(self._cast, onto(self.flatten(args, kwargs), self.device))
         return Live(dict(zip(self.placeholders, inputs, strict=True)), tuple({} for _ in range(states)))
 
     def advance(
@@ -397,6 +399,7 @@ def flat_outputs(model: Model, args: Sequence[object], kwargs: Mapping[str, obje
     for item in training:
         item.training = False
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    args, kwargs = onto((args, kwargs), device_of([*module.parameters(), *buffers.values()]))
     try:
         with torch.no_grad():
             return pytree.tree_leaves(module(*args, **kwargs))

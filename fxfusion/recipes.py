@@ -35,7 +35,7 @@ LOADED_ONLY = (
     "observe",
     "regularisation",
 )
-_TEXTS = ("features", "symmetry", "repair", "method", "flow", "observe", "layers", "layer_matching")
+_TEXTS = ("features", "symmetry", "repair", "method", "flow", "observe", "layers", "layer_matching", "device")
 _COUNTS = {"refine": 1, "batch_size": 1, "rounds": 0, "seed": 0}  # and the least that each may be
 
 
@@ -71,6 +71,8 @@ class Recipe:
         Example inputs, ``name=2x3:float32``.
     outputs : tuple of str or None
         Those to keep.
+    device : str
+        Where to fuse: ``cpu``, ``cuda``, or ``auto``, a GPU if there is one.
 
     Raises
     ------
@@ -109,6 +111,7 @@ class Recipe:
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] | None = None
     seed: int = 0
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         count = len(self.models)
@@ -132,6 +135,8 @@ class Recipe:
             raise OptionError(
                 "--stream solves permutations, hard: leave out untie, " + ", ".join(LOADED_ONLY)
             )
+        if self.stream and self.device != "cpu":
+            raise OptionError(f"--stream runs on the CPU: leave out --device {self.device}")
         if self.gap and (self.coupling not in (None, "hard") or self.flow == "reference"):
             raise OptionError("gap is of hard couplings: leave one of them out, or give it with the coupling")
         self.options()  # a flow or an observation that cannot be read is refused now

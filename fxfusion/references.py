@@ -27,6 +27,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.export.passes import move_to_device_pass
 
 from fxfusion import checkpoints
 from fxfusion.archives import SUFFIX, hollow_archive, load_archive
@@ -76,6 +77,12 @@ class ResolvedModel:
     kind: Kind
     files: tuple[Path, ...] = ()
     directory: Path | None = None
+
+    def placed(self, device: torch.device) -> ResolvedModel:
+        """Return the model on a device."""
+        if isinstance(self.model, ExportedProgram):
+            return dataclasses.replace(self, model=move_to_device_pass(self.model, device))
+        return dataclasses.replace(self, model=self.model.to(device))
 
     @property
     def writes_directory(self) -> bool:

@@ -218,14 +218,14 @@ def _corrected(
     variance: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Correct a stored mean and variance by how the merged network's differ from the parents'."""
-    shares = torch.tensor(weights, dtype=torch.float64)
+    shares = torch.tensor(weights, dtype=torch.float64, device=own[0].device)
     expected_mean = shares @ torch.stack([item[0] for item in parents])
     expected = shares @ torch.stack([item[1] for item in parents])
-    ratio = torch.where(expected > _TINY, own[1] / (expected + _TINY), torch.ones(()))
+    ratio = torch.where(expected > _TINY, own[1] / (expected + _TINY), 1.0)
     shift = own[0] - expected_mean
     # Float32 activations carry rounding: what is no larger is no difference, and stays uncorrected.
-    ratio = torch.where((ratio - 1.0).abs() > _ROUNDING, ratio, torch.ones(()))
-    shift = torch.where(shift.abs() > _ROUNDING * expected.sqrt(), shift, torch.zeros(()))
+    ratio = torch.where((ratio - 1.0).abs() > _ROUNDING, ratio, 1.0)
+    shift = torch.where(shift.abs() > _ROUNDING * expected.sqrt(), shift, 0.0)
     return (mean.double() + shift).to(mean.dtype), (variance.double() * ratio).to(variance.dtype)
 
 
@@ -305,7 +305,8 @@ def rescaled_units(
         By name of the parameter; empty for a network without layers that have a bias.
     """
     layers = {layer.node.name: layer for layer in _layers(capture)}
-    shares = torch.tensor(weights, dtype=torch.float64)
+    program = Program(capture)
+    shares = torch.tensor(weights, dtype=torch.float64, device=program.device)
     seen = {(name, side): _Moments() for name in layers for side in range(len(parents) + 1)}
 
     def change(name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -316,12 +317,12 @@ def rescaled_units(
             for items in ([item.mean for item in found], [item.variance.sqrt() for item in found])
         )
         expected, own = shares @ deviations[:-1], deviations[-1]
-        scale = torch.where(own > _ROUNDING * expected, expected / own.clamp_min(_TINY), torch.ones(()))
+        scale = torch.where(own > _ROUNDING * expected, expected / own.clamp_min(_TINY), 1.0)
         # Float32 activations carry rounding: what is no larger is no difference, and stays uncorrected.
-        scale = torch.where((scale - 1.0).abs() > _ROUNDING, scale, torch.ones(()))
+        scale = torch.where((scale - 1.0).abs() > _ROUNDING, scale, 1.0)
         shift = shares @ means[:-1] - scale * means[-1]
         kept = (scale == 1.0) & (shift.abs() <= _ROUNDING * expected)
-        return scale, torch.where(kept, torch.zeros(()), shift)
+        return scale, torch.where(kept, 0.0, shift)
 
     def override(node: fx.Node, index: int, args: tuple[Any, ...]) -> Any:
         if node.name not in layers:
@@ -335,7 +336,6 @@ def rescaled_units(
         scale, shift = (item.to(output.dtype).reshape(shape) for item in change(node.name))
         return output * scale + shift
 
-    program = Program(capture)
     for done, (args, kwargs) in enumerate(batches, start=1):
         program.run([*parents, merged], args, kwargs, override=override)
         progress("repair", done, len(batches))

@@ -59,15 +59,18 @@ class CrossMoments:
              [1.3333, 2.6667]]], dtype=torch.float64)
     """
 
-    def __init__(self, batch: int, target: int, source: int, own: bool = False) -> None:
+    def __init__(
+        self, batch: int, target: int, source: int, own: bool = False, device: torch.device | None = None
+    ) -> None:
+        zeros = functools.partial(torch.zeros, dtype=torch.float64, device=device)
         self.count = 0
-        self.mean_target = torch.zeros(batch, target, dtype=torch.float64)
-        self.mean_source = torch.zeros(batch, source, dtype=torch.float64)
-        self.square_target = torch.zeros(batch, target, dtype=torch.float64)
-        self.square_source = torch.zeros(batch, source, dtype=torch.float64)
-        self.cross = torch.zeros(batch, target, source, dtype=torch.float64)
-        self.absolute_target = torch.zeros(batch, target, dtype=torch.float64)
-        self.own = torch.zeros(batch, target, target, dtype=torch.float64) if own else None
+        self.mean_target = zeros(batch, target)
+        self.mean_source = zeros(batch, source)
+        self.square_target = zeros(batch, target)
+        self.square_source = zeros(batch, source)
+        self.cross = zeros(batch, target, source)
+        self.absolute_target = zeros(batch, target)
+        self.own = zeros(batch, target, target) if own else None
 
     def update(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Add samples: ``[batch, units, samples]`` of each parent."""
@@ -409,7 +412,10 @@ class _Gathering:
         return [
             {}
             if index == self.target
-            else {place: CrossMoments(*_units(shapes[place[0]]), self.own) for place in observed}
+            else {
+                place: CrossMoments(*_units(shapes[place[0]]), self.own, self.programs[0].device)
+                for place in observed
+            }
             for index, shapes in enumerate(self.shapes)
         ]
 

@@ -267,7 +267,7 @@ def fill(
         # What arrives of ones, if every axis takes the average of its sources: how much was transported.
         shape = plan.source.layouts[name].shape
         arrived = transport_tensor(
-            torch.ones(shape, dtype=torch.float64), plan.source.layouts[name], maps, into=layout
+            target[name].new_ones(shape, dtype=torch.float64), plan.source.layouts[name], maps, into=layout
         )
         own = (1.0 - arrived) * target[name].detach().double()
         filled[name] = (moved[name].double() + own).to(moved[name].dtype)

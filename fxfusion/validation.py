@@ -22,6 +22,7 @@ from fxfusion.errors import (
 )
 from fxfusion.execution import Program, flat_outputs
 from fxfusion.pairing import widths_differ
+from fxfusion.processes import current
 from fxfusion.state import prepared
 
 SAMPLES = 2  # of the example, on which parents are compared with the captured graph
@@ -84,6 +85,7 @@ def check_alike(models: Sequence[Model], target: int, equal: bool = True) -> int
     check_models(models, target)
     target = range(len(models))[target]
     states = [state_dict_of(model) for model in models]
+    _check_devices(models, states)
     for index, model in enumerate(models):
         if index != target:
             _check_pair(
@@ -93,6 +95,21 @@ def check_alike(models: Sequence[Model], target: int, equal: bool = True) -> int
             _check_structure(models[target], model, target, index, same)
             _check_ties(models[target], model, target, index)
     return target
+
+
+def _check_devices(models: Sequence[Model], states: Sequence[Mapping[str, torch.Tensor]]) -> None:
+    """Check that all weights are on one device, and on the CPU where several processes share the work."""
+    found: dict[torch.device, str] = {}
+    for index, (model, state) in enumerate(zip(models, states, strict=True)):
+        for device in {tensor.device: None for tensor in state.values() if not tensor.is_meta}:
+            found.setdefault(device, model_name(model, index))
+    if len(found) > 1:
+        (first, one), (second, other) = list(found.items())[:2]
+        raise OptionError(f"{one} is on {first}, {other} on {second}: move all to one device")
+    if current().count > 1 and any(device.type != "cpu" for device in found):
+        raise OptionError(
+            "several processes work on the CPU alone: move the models there, or use one process"
+        )
 
 
 def _bounds(model: Model, states: Sequence[Mapping[str, torch.Tensor]]) -> set[str]:

@@ -42,8 +42,8 @@ def assign(costs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     >>> index.tolist(), values.tolist()
     ([[1, 0]], [0.0])
     """
-    index = torch.stack([_assigned(cost) for cost in costs.double().cpu()])
-    values = costs.gather(-1, index.unsqueeze(-1).to(costs.device)).squeeze(-1).sum(-1)
+    index = torch.stack([_assigned(cost) for cost in costs.double().cpu()]).to(costs.device)
+    values = costs.gather(-1, index.unsqueeze(-1)).squeeze(-1).sum(-1)
     return index, values
 
 
@@ -99,7 +99,7 @@ def auction(costs: torch.Tensor, gap: float) -> tuple[torch.Tensor, torch.Tensor
     bounds = torch.tensor([bound for _, bound in solved], dtype=torch.float64)
     above = (values - bounds).clamp_min(0.0)
     gaps = torch.where(above > 0, above / bounds.abs().clamp_min(torch.finfo(torch.float64).tiny), 0.0)
-    return index, values.to(costs), gaps
+    return index.to(costs.device), values.to(costs), gaps
 
 
 def _auctioned(cost: torch.Tensor, gap: float) -> tuple[torch.Tensor, float]:

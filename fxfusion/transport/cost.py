@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from fxfusion.devices import device_of_state
 from fxfusion.layout import Block
 from fxfusion.plan import Plan, Space
 from fxfusion.statistics import CrossMoments
@@ -31,7 +32,9 @@ State = Mapping[str, torch.Tensor]
 MEMORY = 2**30
 
 
-def activation_cost(plan: Plan, space: Space, moments: Sequence[CrossMoments]) -> Ground:
+def activation_cost(
+    plan: Plan, space: Space, moments: Sequence[CrossMoments], device: torch.device | None = None
+) -> Ground:
     """Return the cost of a space from calibration moments.
 
     Parameters
@@ -40,6 +43,8 @@ def activation_cost(plan: Plan, space: Space, moments: Sequence[CrossMoments]) -
     space : Space
     moments : sequence of CrossMoments
         One per observation, ``[fixed, outer * n, outer * n]``.
+    device : torch.device, optional
+        Where they are.
 
     Returns
     -------
@@ -47,7 +52,7 @@ def activation_cost(plan: Plan, space: Space, moments: Sequence[CrossMoments]) -
         Where units may turn, of covariances in place of correlations: single units have no scale there.
     """
     shape = Shape.of(plan, space)
-    total = Ground.zeros(shape)
+    total = Ground.zeros(shape, device)
     for item in moments:
         total += observed_cost(item, space, shape)
     return total * (1.0 / max(len(moments), 1))
@@ -97,6 +102,7 @@ class WeightCost:
     memory: int = MEMORY
 
     def __post_init__(self) -> None:
+        self.device = device_of_state(self.target)
         self._reading = reading_axes(self.plan)
         self._scopes = {space.name: space.scope for space in self.plan.spaces}
         self._holders: dict[str, list[str]] = {}
@@ -162,7 +168,7 @@ class WeightCost:
         dict of str to Ground
         """
         shapes = {space.name: Shape.of(self.plan, space) for space in tree.members}
-        total = {name: _Distances(shape) for name, shape in shapes.items()}
+        total = {name: _Distances(shape, self.device) for name, shape in shapes.items()}
         turning = {space.name for space in tree.members if space.symmetry.rotates}
         skip = partial and self.anchored(tree, frozenset(maps)) > 0
         for name in self.parameters(tree):
@@ -303,10 +309,10 @@ class _Distances:
     Inner products and squared lengths are kept apart until the end.
     """
 
-    def __init__(self, shape: Shape) -> None:
-        self.products = torch.zeros(shape.cost, dtype=torch.float64)
-        self.target = torch.zeros(shape.cost[:4], dtype=torch.float64)
-        self.source = torch.zeros(shape.cost[:3] + shape.cost[4:5], dtype=torch.float64)
+    def __init__(self, shape: Shape, device: torch.device) -> None:
+        self.products = torch.zeros(shape.cost, dtype=torch.float64, device=device)
+        self.target = torch.zeros(shape.cost[:4], dtype=torch.float64, device=device)
+        self.source = torch.zeros(shape.cost[:3] + shape.cost[4:5], dtype=torch.float64, device=device)
 
     def add(
         self,

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import fx
 
+from fxfusion.devices import device_of
 from fxfusion.layout import Block
 from fxfusion.plan import Plan
 from fxfusion.statistics import CrossMoments, Observation
@@ -322,15 +323,17 @@ class _FlowSolver:
             return {}
         shaped = {}
         weighed = dict(masses)
+        device = device_of(costs.values())
         for space in tree.members:
             shape = Shape.of(self.plan, space)
             cost = costs.get(space.name)
             if masses and space.name not in masses:
-                alike = torch.ones(shape.fixed, shape.outer * shape.size, dtype=torch.float64)
+                mass = next(iter(masses.values()))[0]
+                alike = mass.new_ones(shape.fixed, shape.outer * shape.size, dtype=torch.float64)
                 weighed[space.name] = alike, alike
-            shaped[space.name] = Ground.zeros(shape) if cost is None else Ground(pairs(cost, shape))
+            shaped[space.name] = Ground.zeros(shape, device) if cost is None else Ground(pairs(cost, shape))
         solved = solve_tree(self.plan, tree, shaped, self.coupling.of(tree.root.name), weighed)
-        self._count(costs_of(self.plan, tree, shaped, identity(self.plan, tree)), self.before)
+        self._count(costs_of(self.plan, tree, shaped, identity(self.plan, tree, device)), self.before)
         self._count(costs_of(self.plan, tree, shaped, solved), self.after)
         for name, solution in solved.items():
             self._widen(name, solution.gap)
@@ -346,7 +349,7 @@ class _FlowSolver:
         if plans is None:
             assert found.index is not None
             plans = torch.nn.functional.one_hot(found.index, cost.shape[-1]).double()
-        ordered = in_order(*cost.shape[-2:]) * cost.shape[-2]
+        ordered = in_order(*cost.shape[-2:]).to(cost) * cost.shape[-2]
         self._count({stream: float((ordered * cost).sum())}, self.before)
         self._count({stream: float(found.values.sum())}, self.after)
         sizes = [(self.plan.scope_size(name), self.plan.source.scope_size(name)) for name in space.scope]
@@ -360,7 +363,7 @@ class _FlowSolver:
         free = {item.name for item in self.plan.spaces}
         for position, outer in enumerate(space.scope):
             if outer in free:  # what an outer unit is coupled with is decided unit by unit below it
-                ones = torch.ones(*[side for pair in sizes[: position + 1] for side in pair])
+                ones = plans.new_ones(*[side for pair in sizes[: position + 1] for side in pair])
                 maps[outer] = SoftMap(space.scope[:position], ones, ones)
         return maps
 

@@ -229,9 +229,9 @@ class Ground:
         return Ground(self.matrix * factor, self.offset * factor)
 
     @classmethod
-    def zeros(cls, shape: Shape) -> Ground:
+    def zeros(cls, shape: Shape, device: torch.device | None = None) -> Ground:
         """Return the cost without evidence."""
-        return cls(torch.zeros(shape.cost, dtype=torch.float64))
+        return cls(torch.zeros(shape.cost, dtype=torch.float64, device=device))
 
 
 @dataclasses.dataclass(eq=False)
@@ -364,7 +364,8 @@ def to_maps(plan: Plan, tree: Tree, solved: Mapping[str, Solution]) -> dict[str,
             )
             continue
         assert solution.index is not None
-        matched = _matched_outer(plan, space, maps)  # [fixed, outer]: source outer unit of each target one
+        # [fixed, outer]: the source outer unit of each target one
+        matched = _matched_outer(plan, space, maps, solution.index.device)
         picked = solution.index.gather(
             2, matched[:, :, None, None].expand(-1, -1, 1, solution.index.shape[-1])
         ).squeeze(2)
@@ -372,14 +373,12 @@ def to_maps(plan: Plan, tree: Tree, solved: Mapping[str, Solution]) -> dict[str,
     return maps
 
 
-def _matched_outer(plan: Plan, space: Space, maps: Mapping[str, Map]) -> torch.Tensor:
+def _matched_outer(plan: Plan, space: Space, maps: Mapping[str, Map], device: torch.device) -> torch.Tensor:
     """Return which flat source outer unit each flat target outer unit takes: ``[fixed, outer]``."""
     shape = Shape.of(plan, space)
-    flat = torch.zeros(shape.fixed, 1, dtype=torch.int64)
-    for name in space.scope:
-        item = maps.get(name)
-        if item is None:
-            continue
+    found = [maps[name] for name in space.scope if name in maps]
+    flat = torch.zeros(shape.fixed, 1, dtype=torch.int64, device=device)
+    for item in found:
         assert isinstance(item, HardMap)
         index = item.index.reshape(-1, *flat.shape[1:2], item.index.shape[-1])
         index = index.repeat_interleave(shape.fixed // index.shape[0], 0)
@@ -405,17 +404,17 @@ def spread(coupling: torch.Tensor, target: Sequence[int], source: Sequence[int],
     return apart(view, fixed)  # a fixed unit couples with itself only
 
 
-def identity(plan: Plan, tree: Tree) -> dict[str, Solution]:
+def identity(plan: Plan, tree: Tree, device: torch.device | None = None) -> dict[str, Solution]:
     """Return the solution that leaves every unit in its place; of unequal sizes, in its order."""
     solved = {}
     for space in tree.members:
         shape = Shape.of(plan, space)
-        values = torch.zeros(shape.cost[:3])
+        values = torch.zeros(shape.cost[:3], device=device)
         if shape.size == shape.source_size:
-            index = torch.arange(space.size).expand(*shape.cost[:4])
+            index = torch.arange(space.size, device=device).expand(*shape.cost[:4])
             solved[space.name] = Solution(index, None, values)
         else:
-            coupling = in_order(shape.size, shape.source_size).expand(shape.cost)
+            coupling = in_order(shape.size, shape.source_size).to(device).expand(shape.cost)
             solved[space.name] = Solution(None, coupling, values)
     return solved
 
@@ -445,7 +444,7 @@ def costs_of(
     for space in tree.members:
         shape = Shape.of(plan, space)
         parent = matched.get(space.scope[-1]) if space.scope else None
-        weight = torch.ones(shape.cost[:3], dtype=torch.float64)
+        weight = costs[space.name].matrix.new_ones(shape.cost[:3])
         if parent is not None:
             weight = parent.repeat_interleave(shape.fixed // parent.shape[0], 0)
         ground, solution = costs[space.name], solved[space.name]

@@ -33,7 +33,7 @@ class HardMap:
     @property
     def moved(self) -> float:
         """Fraction of units that are not in their own place."""
-        return float((self.index != torch.arange(self.index.shape[-1])).double().mean())
+        return float((self.index.cpu() != torch.arange(self.index.shape[-1])).double().mean())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -249,6 +249,7 @@ def innermost(block: Block, scopes: Mapping[str, Sequence[str]]) -> Iterator[tup
 
 
 def _gather(view: torch.Tensor, dimension: int, index: torch.Tensor, scope: Sequence[int]) -> torch.Tensor:
+    index = index.to(view.device)
     if not scope:
         return view.index_select(dimension, index)
     # Lay the index out over the view: outer dimensions in the view's order, the mapped one last of them.
@@ -289,6 +290,6 @@ def _contract_group(
         for outer in scope_dimensions(block, dimension, item.scope):
             labels += [target[outer], source[outer]]
         side = item.read if axis_of(block, dimension) in reading else item.write
-        operands += [side.to(view.dtype), [*labels, target[dimension], source[dimension]]]
+        operands += [side.to(view), [*labels, target[dimension], source[dimension]]]
     operands += [view, source, target]
     return torch.einsum(*operands)

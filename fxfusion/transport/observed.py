@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from fxfusion.devices import device_of
 from fxfusion.plan import Plan, Space
 from fxfusion.statistics import CrossMoments
 from fxfusion.transport.cost import activation_cost, observed_cost
@@ -26,7 +27,8 @@ def observed_costs(plan: Plan, moments: Mapping[str, Sequence[CrossMoments]]) ->
     if not moments:
         return {}
     spaces = _seen(plan, {name: len(items) for name, items in moments.items()})
-    return {space.name: activation_cost(plan, space, moments[space.name]) for space in spaces}
+    device = device_of(item.cross for items in moments.values() for item in items)
+    return {space.name: activation_cost(plan, space, moments[space.name], device) for space in spaces}
 
 
 class StoredCosts(Mapping[str, Ground]):

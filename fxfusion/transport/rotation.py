@@ -49,7 +49,7 @@ def procrustes(cross: torch.Tensor, centred: bool = False) -> tuple[torch.Tensor
     cross = cross.double()
     size = cross.shape[-1]
     if centred and size > 1:
-        basis = complement(size)
+        basis = complement(size).to(cross.device)
         inner, _ = procrustes(basis.mT @ cross @ basis)
         rotation = basis @ inner @ basis.mT + 1.0 / size
     else:

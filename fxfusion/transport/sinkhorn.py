@@ -56,24 +56,24 @@ def sinkhorn(
     >>> (plans * 2).round(decimals=3).tolist()
     [[[0.0, 1.0], [1.0, 0.0]]]
     """
-    exact = costs.double().cpu()
+    exact = costs.double()
     shifted = exact - exact.amin((-2, -1), keepdim=True)
     scale = shifted.mean((-2, -1), keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     if absolute:
         scale = torch.ones_like(scale)
-    weights = None if masses is None else [side.double().cpu().numpy() for side in masses]
     if relaxation is None:
         with one_thread():
             plans = ot.solve_batch(
                 shifted / scale,
                 reg=regularisation,
-                a=None if masses is None else masses[0].double().cpu(),
-                b=None if masses is None else masses[1].double().cpu(),
+                a=None if masses is None else masses[0].to(exact),
+                b=None if masses is None else masses[1].to(exact),
                 max_iter=ITERATIONS,
                 tol=PRECISION,
                 method="log_sinkhorn",
             ).plan
     else:  # what costs nothing counts here: the cost itself, not shifted
+        weights = None if masses is None else [side.double().cpu().numpy() for side in masses]
         plans = torch.stack(
             [
                 torch.from_numpy(
@@ -88,8 +88,8 @@ def sinkhorn(
                         stopThr=PRECISION,
                     )
                 )
-                for number, cost in enumerate((exact / scale).numpy())
+                for number, cost in enumerate((exact / scale).cpu().numpy())
             ]
-        )
+        ).to(exact)
     values = (plans * exact).sum((-2, -1)) * costs.shape[-2]
     return plans.to(costs), values.to(costs)

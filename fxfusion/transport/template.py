@@ -51,10 +51,10 @@ def first_template(plan: Plan, anchor: State) -> dict[str, torch.Tensor]:
     costs = WeightCost(own, anchor, anchor)
     inside: dict[str, Map] = {}  # every unit with itself
     for tree in trees(own):
-        inside.update(to_maps(own, tree, identity(own, tree)))
+        inside.update(to_maps(own, tree, identity(own, tree, costs.device)))
     maps: dict[str, Map] = {}
     for tree in trees(own):
-        distances = costs.costs(tree, inside, identity(own, tree))
+        distances = costs.costs(tree, inside, identity(own, tree, costs.device))
         maps.update(_picked(plan, tree, distances))
     return act(plan, maps, anchor)
 
@@ -79,7 +79,7 @@ def _picked(plan: Plan, tree: Tree, distances: dict[str, Ground]) -> dict[str, M
                 for place in range(shape.fixed)
             ]
         )
-        taken = torch.nn.functional.one_hot(index, shape.source_size).double()  # [fixed, source outer, n, n]
+        taken = torch.nn.functional.one_hot(index, shape.source_size).to(total)  # [fixed, source outer, n, n]
         sides = [[side.scope_size(name) for name in space.scope] for side in (plan, own)]
         view = spread(
             taken.unsqueeze(1).expand(*shape.cost), sides[0], sides[1], len(fixed & set(space.scope))
