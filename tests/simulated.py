@@ -16,12 +16,14 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 from torch.overrides import TorchFunctionMode
+from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from fxfusion.state import KEY, attach
 
 NAME = "simulated"
+AVAILABLE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
+"""Whether this PyTorch can be given a backend that is written in Python."""
 MIXED = {"aten::copy_", "aten::index", "aten::index_put_", "aten::_index_put_impl_"}
 """Operators that take tensors of two devices, as on a GPU: copies, and indices on the CPU."""
 
@@ -112,7 +114,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
 
 @functools.cache
 def _register() -> None:
-    _setup_privateuseone_for_python_backend(NAME)
+    backend_registration._setup_privateuseone_for_python_backend(NAME)
 
 
 @contextlib.contextmanager

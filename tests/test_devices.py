@@ -12,7 +12,9 @@ import fxfusion
 from fxfusion.devices import chosen, device_of, onto
 from fxfusion.errors import OptionError
 from tests import zoo
-from tests.simulated import moved, simulated
+from tests.simulated import AVAILABLE, moved, simulated
+
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason="this PyTorch cannot simulate a device")
 
 TOLERANCE = 1e-3  # attention is of other operators there, and solvers end where they may
 X = torch.randn(24, 5, 8, generator=torch.Generator().manual_seed(1))
