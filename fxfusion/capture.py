@@ -7,11 +7,13 @@ user's model: whoever changes parameters replaces them and never writes in place
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import copy
 import dataclasses
 import inspect
 import io
+import keyword
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,6 +36,8 @@ _INTERNAL = re.compile(
     r"hidden_state|attention|past_key_values|pooler_output|_model_output|cache|^encoder_|^extract_features"
     r"|^mems$|^router_|^intermediate_|^rnn_state|^state$|^feature_maps|_loss$"
 )
+_RESERVED = frozenset([*dir(builtins), *keyword.kwlist, "device", "inf", "nan", "torch"])  # in generated code
+_NUMBER = re.compile(r"(_\d+)+$")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -331,6 +335,7 @@ def _from_program(
     assert isinstance(module, fx.GraphModule)
     _check_evaluation(module, name)
     _drop_mutations(module)
+    _number(module)
     state = module.state_dict(keep_vars=True)
     read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr" and node.users}
     aliases = _aliases(model, state, read)
@@ -384,6 +389,24 @@ def _drop_mutations(module: fx.GraphModule) -> None:
             node.replace_all_uses_with(node.args[1])
             module.graph.erase_node(node)
     module.recompile()
+
+
+def _number(module: fx.GraphModule) -> None:
+    """Number operators by their order alone: to PyTorch, traced sizes and what was left out count, too.
+
+    Graphs of parents of other widths are compared, and run side by side, by these names.
+    """
+    operators = [node for node in module.graph.nodes if node.op == "call_function"]
+    taken = {node.name for node in module.graph.nodes if node.op != "call_function"} | _RESERVED
+    counts: dict[str, int] = {}
+    for node in operators:
+        base = _NUMBER.sub("", node.name)
+        name, count = base, counts.get(base, 0)
+        while name in taken or (count and name == base):
+            name, count = f"{base}_{count}" if count else base, count + 1
+        counts[base] = max(count, 1)
+        taken.add(name)
+        node.name = name
 
 
 def _positional_names(model: Model, module: fx.GraphModule, args: tuple[Any, ...]) -> tuple[str, ...]:
