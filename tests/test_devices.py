@@ -91,7 +91,7 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, int]]]] = {
 }
 
 
-DAILY = ("activations", "largest, units", "learned", "flow")
+DAILY = ("activations", "largest, units")
 
 
 @pytest.mark.parametrize(
