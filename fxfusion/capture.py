@@ -400,13 +400,18 @@ def _number(module: fx.GraphModule) -> None:
     taken = {node.name for node in module.graph.nodes if node.op != "call_function"} | _RESERVED
     counts: dict[str, int] = {}
     for node in operators:
-        base = _NUMBER.sub("", node.name)
-        name, count = base, counts.get(base, 0)
-        while name in taken or (count and name == base):
-            name, count = f"{base}_{count}" if count else base, count + 1
-        counts[base] = max(count, 1)
+        name = base = _NUMBER.sub("", node.name)
+        count = counts.get(base, 0)
+        if count:
+            name = f"{base}_{count}"
+        while name in taken:
+            count += 1
+            name = f"{base}_{count}"
+        counts[base] = count + 1
         taken.add(name)
         node.name = name
+    # A node that someone adds to the graph must not get one of these names.
+    module.graph._graph_namespace._used_names.update(taken)
 
 
 def _positional_names(model: Model, module: fx.GraphModule, args: tuple[Any, ...]) -> tuple[str, ...]:

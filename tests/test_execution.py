@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import fxfusion
 from fxfusion.capture import capture
 from fxfusion.errors import CalibrationMismatchError, InputError
 from fxfusion.execution import Program, flat_outputs
+from tests import zoo
 
 
 class Masked(nn.Module):
@@ -170,6 +172,20 @@ def test_llama_in_double_precision_has_no_single_precision_floor() -> None:
     double, single = double_error(model, (), kwargs)
     assert double < 1e-12
     assert single > 1e-9
+
+
+def test_operators_are_named_by_their_order() -> None:
+    """Whatever was traced before, and what is added later gets another name."""
+    args, kwargs = zoo.inputs("resnet18")
+    module = fxfusion.prepare(zoo.build("resnet18"), args, kwargs)
+    names = [node.name for node in module.graph.nodes]
+    assert len(set(names)) == len(names)
+    added = [name for name in names if re.fullmatch(r"add(_\d+)?", name)]
+    assert added[:3] == ["add", "add_1", "add_2"]
+    last = list(module.graph.nodes)[-2]
+    with module.graph.inserting_after(last):
+        extra = module.graph.call_function(torch.ops.aten.sym_size.int, (last, 0))
+    assert extra.name not in names
 
 
 def test_other_batch_size_and_defaults_of_keyword_arguments() -> None:
