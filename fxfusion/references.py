@@ -31,6 +31,7 @@ from torch.export.passes import move_to_device_pass
 
 from fxfusion import checkpoints
 from fxfusion.archives import SUFFIX, hollow_archive, load_archive
+from fxfusion.devices import device_of
 from fxfusion.errors import CheckpointError, FusionError, ModelReferenceError
 from fxfusion.hollow import hollow
 
@@ -79,10 +80,13 @@ class ResolvedModel:
     directory: Path | None = None
 
     def placed(self, device: torch.device) -> ResolvedModel:
-        """Return the model on a device."""
-        if isinstance(self.model, ExportedProgram):
-            return dataclasses.replace(self, model=move_to_device_pass(self.model, device))
-        return dataclasses.replace(self, model=self.model.to(device))
+        """Return the model on a device: itself if it is there."""
+        model = self.model
+        if isinstance(model, nn.Module):
+            return dataclasses.replace(self, model=model.to(device))
+        if device_of(model.state_dict.values()) == device:
+            return self
+        return dataclasses.replace(self, model=move_to_device_pass(model, device))
 
     @property
     def writes_directory(self) -> bool:
