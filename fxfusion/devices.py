@@ -1,6 +1,6 @@
 """Where tensors are: a fusion runs on the device of its parents' weights, whatever that is.
 
-What is drawn at random is drawn on the CPU, so that every device gets the same; assignments and entropic
+What is drawn at random is drawn on the CPU, so that every device gets the same. Exact and unbalanced
 couplings are solved there, too. Everything else follows the weights.
 """
 
