@@ -159,11 +159,8 @@ def archived_tensors(path: Path) -> dict[str, ArchivedTensor]:
     with zipfile.ZipFile(path) as archive:
         stored = [item for item in archive.infolist() if item.compress_type == zipfile.ZIP_STORED]
         sizes = {item.filename: min(item.file_size, path.stat().st_size) for item in stored}
-        found = {
-            name: _tensor(path, folder, name, facts)
-            for folder, table in _tables(path, archive).items()
-            for name, facts in table.items()
-        }
+        folder, table = _table(path, archive)
+    found = {name: _tensor(path, folder, name, facts) for name, facts in table.items()}
     for name, item in found.items():
         if sizes.get(item.entry, -1) < item.reach:
             raise CheckpointError(f"{path} has too few bytes for {name}: export or copy it again")
@@ -275,15 +272,16 @@ def _spread(folder: str, table: Any, left: Mapping[str, ArchivedTensor]) -> byte
     return json.dumps(table).encode()
 
 
-def _tables(path: Path, archive: zipfile.ZipFile) -> dict[str, dict[str, Any]]:
-    """Return, by folder, what an archive says of its weights."""
-    found = {}
-    for name in archive.namelist():
-        if name.partition("/")[2].startswith(_WEIGHTS) and name.endswith(_TABLE):
-            found[name.rpartition("/")[0]] = json.loads(archive.read(name))["config"]
+def _table(path: Path, archive: zipfile.ZipFile) -> tuple[str, dict[str, Any]]:
+    """Return the folder of an archive's weights, and what is said of each."""
+    found = [
+        name
+        for name in archive.namelist()
+        if name.partition("/")[2].startswith(_WEIGHTS) and name.endswith(_TABLE)
+    ]
     if len(found) != 1:
         raise CheckpointError(f"{path} holds {len(found)} models: save one alone with torch.export.save")
-    return found
+    return found[0].rpartition("/")[0], json.loads(archive.read(found[0]))["config"]
 
 
 def _tensor(path: Path, folder: str, name: str, facts: Any) -> ArchivedTensor:

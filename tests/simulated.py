@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxfusion.devices import onto
 from fxfusion.state import KEY, attach
 
 NAME = "simulated"
@@ -63,11 +64,9 @@ class _Factories(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         device = kwargs.get("device")
-        if device is not None and torch.device(device).type == NAME:
-            return _run(func, args, kwargs)
-        if any(isinstance(item, Simulated) for item in pytree.tree_leaves((args, kwargs))):
-            return _run(func, args, kwargs)
-        return func(*args, **kwargs)
+        asked = device is not None and torch.device(device).type == NAME
+        there = any(isinstance(item, Simulated) for item in pytree.tree_leaves((args, kwargs)))
+        return _run(func, args, kwargs) if asked or there else func(*args, **kwargs)
 
 
 class _Values(TorchFunctionMode):
@@ -107,7 +106,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     written = {id(item.held): item for item in tensors if isinstance(item, Simulated)}
 
     def wrapped(item: torch.Tensor) -> torch.Tensor:
-        return written.get(id(item)) if id(item) in written else Simulated(item)  # type: ignore[return-value]
+        return written[id(item)] if id(item) in written else Simulated(item)
 
     return pytree.tree_map_only(torch.Tensor, wrapped, found)
 
@@ -138,7 +137,5 @@ def moved(module: fx.GraphModule, device: torch.device) -> fx.GraphModule:
         if "device" in node.kwargs:
             node.kwargs = {**node.kwargs, "device": device}
     module.recompile()
-    args, kwargs = pytree.tree_map_only(
-        torch.Tensor, lambda item: item.to(device), (capture.args, capture.kwargs)
-    )
+    args, kwargs = onto((capture.args, capture.kwargs), device)
     return attach(dataclasses.replace(capture, module=module, args=args, kwargs=kwargs))

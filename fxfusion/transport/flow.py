@@ -34,8 +34,8 @@ from fxfusion.transport.hierarchy import (
     Ground,
     Shape,
     Tree,
+    costs_in_place,
     costs_of,
-    identity,
     pairs,
     solve_tree,
     spread,
@@ -328,12 +328,12 @@ class _FlowSolver:
             shape = Shape.of(self.plan, space)
             cost = costs.get(space.name)
             if masses and space.name not in masses:
-                mass = next(iter(masses.values()))[0]
-                alike = mass.new_ones(shape.fixed, shape.outer * shape.size, dtype=torch.float64)
+                units = shape.outer * shape.size
+                alike = torch.ones(shape.fixed, units, dtype=torch.float64, device=device)
                 weighed[space.name] = alike, alike
             shaped[space.name] = Ground.zeros(shape, device) if cost is None else Ground(pairs(cost, shape))
         solved = solve_tree(self.plan, tree, shaped, self.coupling.of(tree.root.name), weighed)
-        self._count(costs_of(self.plan, tree, shaped, identity(self.plan, tree, device)), self.before)
+        self._count(costs_in_place(self.plan, tree, shaped), self.before)
         self._count(costs_of(self.plan, tree, shaped, solved), self.after)
         for name, solution in solved.items():
             self._widen(name, solution.gap)

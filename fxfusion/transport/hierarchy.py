@@ -463,6 +463,12 @@ def costs_of(
     }
 
 
+def costs_in_place(plan: Plan, tree: Tree, costs: Mapping[str, Ground]) -> dict[str, float]:
+    """Return what a tree costs whose units all stay in their places, per space as :func:`costs_of`."""
+    device = costs[tree.root.name].matrix.device
+    return costs_of(plan, tree, costs, identity(plan, tree, device))
+
+
 def _rows(solution: Solution, size: int) -> torch.Tensor:
     """Return a solution's plans, over ``size`` source units, with rows that sum to one."""
     if solution.index is not None:

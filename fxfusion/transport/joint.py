@@ -26,8 +26,8 @@ from fxfusion.transport.hierarchy import (
     Shape,
     Solution,
     Tree,
+    costs_in_place,
     costs_of,
-    identity,
     solve_tree,
     to_maps,
     trees,
@@ -241,7 +241,7 @@ class _Solver:
         solved = self._solve(tree, costs)
         if not complete:
             return _Found(solved, {}, {})
-        before = costs_of(self.plan, tree, costs, identity(self.plan, tree, self.weights.device))
+        before = costs_in_place(self.plan, tree, costs)
         return _Found(solved, before, costs_of(self.plan, tree, costs, solved))
 
     def improved(self, tree: Tree) -> _Found:
@@ -257,7 +257,7 @@ class _Solver:
             solved = self._solve(tree, costs)
             new = costs_of(self.plan, tree, costs, solved)
             improved = new[tree.root.name] < old[tree.root.name] - least
-        before = costs_of(self.plan, tree, costs, identity(self.plan, tree, self.weights.device))
+        before = costs_in_place(self.plan, tree, costs)
         return _Found(solved, before, new) if improved else _Found(None, before, old)
 
     def _solve(self, tree: Tree, costs: Mapping[str, Ground]) -> dict[str, Solution]:

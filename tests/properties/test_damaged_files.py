@@ -121,21 +121,21 @@ def outcome(read: Callable[[Path], Any], path: Path) -> None:
         read(path)
 
 
-def check_file(content: bytes) -> None:
+def check(name: str, content: bytes, *readers: Callable[[Path], Any]) -> None:
+    """Read what a file of some name holds in all ways that there are."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.safetensors"
+        path = Path(folder) / name
         path.write_bytes(content)
-        for read in (read_weights, read_stored, read_inputs):
+        for read in readers:
             outcome(read, path)
+
+
+def check_file(content: bytes) -> None:
+    check("model.safetensors", content, read_weights, read_stored, read_inputs)
 
 
 def check_archive(content: bytes) -> None:
-    """Listing, reading and loading alike."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.pt2"
-        path.write_bytes(content)
-        for read in (read_stored, hollow_archive, load_archive):
-            outcome(read, path)
+    check("model.pt2", content, read_stored, hollow_archive, load_archive)
 
 
 def check_index(index: str) -> None:
