@@ -1,6 +1,7 @@
 """Solvers side by side: ours, SciPy's and POT's, on the same costs, in one run.
 
-    python examples/solvers.py [--units 768,4096] [--repeats 1] [--largest-peer 4096] [--largest-soft 768]
+    python examples/solvers.py [--units 768,4096] [--costs alike,uneven,twin] [--repeats 1]
+                               [--largest-peer 4096] [--largest-soft 768]
 
 Costs are squared distances of random features: *alike* if all units have the same length on average,
 *uneven* if their lengths differ by factors, as in trained networks, *twin* if the second set is the first one
@@ -29,10 +30,13 @@ from fxfusion.transport.sinkhorn import sinkhorn
 
 FEATURES = 256
 SOFTNESS = 0.05
+KINDS = ("alike", "uneven", "twin")
 
 
 def costs(kind: str, units: int) -> torch.Tensor:
     """Return a ground cost ``[units, units]`` with mean one."""
+    if kind not in KINDS:
+        raise typer.BadParameter(f"there are no costs {kind!r}; name {', '.join(KINDS)}")
     draw = torch.Generator().manual_seed(0)
     left = torch.randn(units, FEATURES, generator=draw, dtype=torch.float64)
     right = torch.randn(units, FEATURES, generator=draw, dtype=torch.float64)
@@ -57,6 +61,7 @@ def timed(solve: Callable[[], float], repeats: int) -> tuple[float, float]:
 
 def main(
     units: Annotated[str, typer.Option(help="Numbers of units, separated by commas.")] = "256,768",
+    kinds: Annotated[str, typer.Option("--costs", help="Kinds, separated by commas.")] = ",".join(KINDS),
     repeats: Annotated[int, typer.Option(min=1)] = 1,
     largest_peer: Annotated[int, typer.Option(help="SciPy's and POT's solvers up to so many units.")] = 4096,
     largest_soft: Annotated[int, typer.Option(help="Soft couplings up to so many units.")] = 768,
@@ -67,7 +72,7 @@ def main(
     for heading in ("units", "costs", "solver", "seconds", "cost above the best"):
         table.add_column(heading, justify="left" if heading in ("costs", "solver") else "right")
     for count in map(int, units.split(",")):
-        for kind in ("alike", "uneven", "twin"):
+        for kind in kinds.split(","):
             matrix = costs(kind, count)
             uniform = np.full(count, 1.0 / count)
 
