@@ -11,6 +11,7 @@ import io
 import json
 import math
 import struct
+import sys
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -314,6 +315,9 @@ def _check_archive(path: Path, archive: zipfile.ZipFile) -> None:
 def _check_entry(path: Path, archive: zipfile.ZipFile, name: str) -> None:
     inner = name.partition("/")[2]
     is_payload = inner.startswith((_WEIGHTS, "data/constants/"))
+    if inner == "byteorder" and (order := archive.read(name).strip()) != sys.byteorder.encode():
+        # Nobody below would turn the bytes round: its weights would be other numbers.
+        raise CheckpointError(f"{path} was written in another byte order ({order!r}): export it here")
     if inner.startswith("data/aotinductor/"):
         raise CheckpointError(f"{path} holds compiled code ({name}), which fxfusion does not run")
     if is_payload and inner.endswith(".pt"):

@@ -362,6 +362,12 @@ class TestExported:
             resolve(str(program))
         assert not (tmp_path / "opened").exists()
 
+    def test_other_byte_order(self, program: Path) -> None:
+        other = {"little": b"big", "big": b"little"}[sys.byteorder]
+        repack(program, lambda name, content: other if name.endswith("/byteorder") else content)
+        with pytest.raises(CheckpointError, match="byte order"):
+            resolve(str(program))
+
     def test_compiled_code(self, program: Path) -> None:
         repack(program, lambda name, content: content, **{"model/data/aotinductor/model/a.so": b"\x7fELF"})
         with pytest.raises(CheckpointError, match="compiled code"):
