@@ -16,7 +16,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 
-__all__ = ["replacing", "take_place", "write_bytes", "write_text"]
+__all__ = ["replacing", "share", "take_place", "write_bytes", "write_text"]
 
 _HERE = -100  # AT_FDCWD: relative paths count from the working directory
 _BOTH = 2  # RENAME_EXCHANGE
@@ -143,6 +143,32 @@ def write_text(path: str | os.PathLike[str], text: str) -> pathlib.Path:
     'abc'
     """
     return write_bytes(path, text.encode())
+
+
+def share(path: pathlib.Path) -> None:
+    """Give a file the permissions of any new file here, where its writer kept it to its owner.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+
+    Examples
+    --------
+    >>> import pathlib, tempfile
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> plain, private = folder / "plain", folder / "private"
+    >>> _ = plain.write_bytes(b""), private.write_bytes(b"")
+    >>> private.chmod(0o600)
+    >>> share(private)
+    >>> private.stat().st_mode == plain.stat().st_mode
+    True
+    """
+    probe = _beside(path)  # the way to ask for the process's mask that is safe beside other threads
+    try:
+        os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        shutil.copymode(probe, path)
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def _beside(target: pathlib.Path) -> pathlib.Path:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from fxfusion.atomic import replacing
+from fxfusion.atomic import replacing, share
 from fxfusion.errors import CheckpointError
 
 WEIGHTS_NAME = "model.safetensors"
@@ -221,6 +221,7 @@ def write_safetensors(
         raise CheckpointError(f"{path}: there are no tensors to write")
     save_file(_packed(state), path, metadata={"format": "pt", **(metadata or {})})
     _sort_metadata(path)
+    share(path)  # newer safetensors write files that only their owner can read
 
 
 def save_huggingface(model: Any, source: str | Path, state: Mapping[str, Tensor], out: str | Path) -> None:
@@ -253,6 +254,8 @@ def write_huggingface(model: Any, source: str | Path, state: Mapping[str, Tensor
     # save_pretrained knows which tied names its format omits and turns converted weights back (experts
     # that transformers stacks after loading, say).
     model.save_pretrained(directory, state_dict={name: value.detach() for name, value in state.items()})
+    for file in directory.glob("*.safetensors"):
+        share(file)
     for file in companions(Path(source)):
         shutil.copyfile(file, directory / file.name)
     written = directory / "config.json"

@@ -258,6 +258,17 @@ class TestSave:
         with safetensors.safe_open(tmp_path / "a.safetensors", framework="pt") as file:
             assert file.metadata() == {"b": "2", "ä": "1\n", "format": "pt"}
 
+    def test_permissions_are_those_of_any_new_file(
+        self, tmp_path: Path, state: dict[str, torch.Tensor]
+    ) -> None:
+        mask = os.umask(0o027)
+        try:
+            checkpoints.save_weights(state, tmp_path / "a.safetensors")
+        finally:
+            os.umask(mask)
+        assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o640
+        assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+
     def test_same_bytes(self, tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
         metadata = {letter: letter for letter in "qwertyuiop"}
         written = set()
