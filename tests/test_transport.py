@@ -176,6 +176,17 @@ def test_problems_of_a_batch_are_solved_alike_alone() -> None:
         assert float(value) == pytest.approx(float(values[number]), rel=1e-4)
 
 
+def test_a_problem_of_a_batch_that_lacks_nothing_stays() -> None:
+    plans = random(2, 5, 6).softmax(-1) / 5
+    rows, columns = torch.full((2, 5), 1 / 5).double(), torch.full((2, 6), 1 / 6).double()
+    lack = columns - plans.sum(-2)
+    lack[0] = 0
+    step = entropic._newton(plans, rows, columns, lack)
+    assert not step[0].any()
+    assert step[1].isfinite().all()
+    assert step[1].any()
+
+
 def test_a_nearly_hard_plan_takes_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sinkhorn's algorithm itself would take more than a thousand here."""
     taken = []

@@ -197,7 +197,7 @@ def _newton(
         residual -= length * curved
         scaled = inverse * residual
         before, power = power, (residual * scaled).sum(-1, keepdim=True)
-        direction = scaled + power / before * direction
+        direction = scaled + torch.where(before > 0, power / before, 0.0) * direction
         if not bool(((power > wanted) & (curvature > 0)).any()):
             break
     return found
