@@ -35,8 +35,6 @@ KINDS = ("alike", "uneven", "twin")
 
 def costs(kind: str, units: int) -> torch.Tensor:
     """Return a ground cost ``[units, units]`` with mean one."""
-    if kind not in KINDS:
-        raise typer.BadParameter(f"there are no costs {kind!r}; name {', '.join(KINDS)}")
     draw = torch.Generator().manual_seed(0)
     left = torch.randn(units, FEATURES, generator=draw, dtype=torch.float64)
     right = torch.randn(units, FEATURES, generator=draw, dtype=torch.float64)
@@ -67,6 +65,8 @@ def main(
     largest_soft: Annotated[int, typer.Option(help="Soft couplings up to so many units.")] = 768,
 ) -> None:
     """Make the table."""
+    if unknown := set(kinds.split(",")) - set(KINDS):
+        raise typer.BadParameter(f"there are no costs {', '.join(sorted(unknown))}: name {', '.join(KINDS)}")
     torch.set_num_threads(1)
     table = Table(title="solvers, on one thread")
     for heading in ("units", "costs", "solver", "seconds", "cost above the best"):

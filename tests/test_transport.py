@@ -167,6 +167,15 @@ def test_sinkhorn_is_optimal(seed: int, softness: float) -> None:
     assert float(crossed.abs().max()) < 1e-9
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("relaxation", [None, 1.0])
+def test_sinkhorn_refuses_costs_that_are_no_numbers(bad: float, relaxation: float | None) -> None:
+    costs = random(2, 3, 3)
+    costs[1, 0, 2] = bad
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        sinkhorn(costs, 0.1, relaxation=relaxation)
+
+
 def test_problems_of_a_batch_are_solved_alike_alone() -> None:
     costs = random(5, 12, 9) * torch.tensor([1e-3, 1.0, 30.0, 1e3, 1e6])[:, None, None]
     plans, values = sinkhorn(costs, 0.01)

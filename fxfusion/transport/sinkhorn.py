@@ -13,6 +13,8 @@ takes beside its exponentials. The regularisation is lowered in stages, each of 
 
 from __future__ import annotations
 
+import math
+
 import ot
 import torch
 
@@ -66,6 +68,11 @@ def sinkhorn(
         ``[batch]``: the transported cost in the units of ``costs``, per unit times the number of target
         units, so that a hard plan has the value of its assignment.
 
+    Raises
+    ------
+    ValueError
+        A cost is NaN or infinite, as SciPy says of assignments.
+
     References
     ----------
     Cuturi, Sinkhorn Distances, NeurIPS 2013. Brauer et al., A Sinkhorn-Newton Method for Entropic Optimal
@@ -77,6 +84,8 @@ def sinkhorn(
     >>> (plans * 2).round(decimals=3).tolist()
     [[[0.0, 1.0], [1.0, 0.0]]]
     """
+    if not bool(costs.isfinite().all()):
+        raise ValueError("costs are NaN or infinite: weights or activations overflow where they are squared")
     exact = costs.double()
     shifted = exact - exact.amin((-2, -1), keepdim=True)
     scale = shifted.mean((-2, -1), keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
@@ -99,14 +108,10 @@ def _balanced(
 ) -> torch.Tensor:
     """Return plans whose rows have their masses, and whose columns have theirs within the precision."""
     potentials = torch.zeros_like(columns).masked_fill_(columns == 0, -torch.inf)
-    current = max(float(costs.amax()), regularisation)
-    while True:
-        current = max(current / _STAGE, regularisation)
-        last = current == regularisation
-        precision = PRECISION if last else _STAGE_PRECISION
-        plans = _ascend(costs, current, rows, columns, potentials, precision)
-        if last:
-            break
+    stages = max(math.ceil(math.log(max(float(costs.amax()), regularisation) / regularisation, _STAGE)), 1)
+    for left in reversed(range(stages)):
+        precision = _STAGE_PRECISION if left else PRECISION
+        plans = _ascend(costs, regularisation * _STAGE**left, rows, columns, potentials, precision)
     lack = float((columns - plans.sum(-2)).abs().sum(-1).max())
     if lack > 2 * PRECISION:
         LOG.warning("a soft coupling is not exact: columns lack %.1e of a mass of one", lack)
@@ -181,7 +186,7 @@ def _newton(
     damped in proportion to what is lacking, which bounds the step and leaves convergence quadratic.
     """
     size = lack.abs().sum(-1, keepdim=True)
-    held = plans.sum(-2) + _DAMPING * size * columns
+    held = columns - lack + _DAMPING * size * columns
     inverse = torch.where(held > 0, 1 / held, 0.0)
     share = torch.where(rows > 0, 1 / rows, 0.0)
     found, residual = torch.zeros_like(lack), lack.clone()
