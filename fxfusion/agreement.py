@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
+from torch.nn import functional
 
-from fxfusion.calibration import Batches, Inputs
+from fxfusion.calibration import IGNORED, Batches, Inputs
 from fxfusion.capture import Capture
+from fxfusion.errors import CalibrationMismatchError
 from fxfusion.execution import Program, flat_outputs
 
 MEMORY = 256 * 2**20  # bytes of inputs and outputs that are kept rather than computed anew
@@ -129,10 +131,55 @@ def difference(
     return measure
 
 
+def check_labels(
+    capture: Capture, state: Mapping[str, torch.Tensor], outputs: frozenset[int], batches: Batches
+) -> None:
+    """Refuse calibration data whose first batch has no labels, or such as do not fit the logits.
+
+    Raises
+    ------
+    CalibrationMismatchError
+        If so.
+    """
+    inputs, classes = next(batches.labelled())
+    found = Program(capture).run([state], *inputs)[0]
+    distance = Distance.of(capture, outputs, found)
+    _check_shape(distance, found, classes)
+    _check_range(distance, found, classes)
+
+
+def _check_shape(distance: Distance, outputs: Sequence[Any], classes: torch.Tensor) -> None:
+    expected = _labelled_logits(distance, outputs).shape[:-1]
+    if expected != classes.shape:
+        raise CalibrationMismatchError(
+            f"labels have shape {tuple(classes.shape)}, predictions {tuple(expected)}"
+        )
+
+
+def _check_range(distance: Distance, outputs: Sequence[Any], classes: torch.Tensor) -> None:
+    count = _labelled_logits(distance, outputs).shape[-1]
+    counted = classes[classes != IGNORED]
+    if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < count:
+        raise CalibrationMismatchError(
+            f"labels go from {int(counted.min())} to {int(counted.max())}, classes from 0 to {count - 1} "
+            f"({IGNORED} does not count)"
+        )
+
+
+def _labelled_logits(distance: Distance, outputs: Sequence[Any]) -> torch.Tensor:
+    """Return the first logits, classes last."""
+    if not distance.classes:
+        raise CalibrationMismatchError("labels are compared with logits, but no output is logits")
+    index, axis = next(iter(distance.classes.items()))
+    logits: torch.Tensor = outputs[index].movedim(axis, -1)
+    return logits
+
+
 class Lessons:
-    """Calibration batches with the parents' average outputs.
+    """Calibration batches with the parents' average outputs, and with labels where these count.
 
     As far as they fit into memory they are kept; beyond that, batches are read and outputs computed anew.
+    Labels are kept.
 
     Parameters
     ----------
@@ -146,6 +193,14 @@ class Lessons:
     batches : Batches
     memory : int
         Bytes that may be kept.
+    labels : float
+        Share of a network's loss that is the cross-entropy with the batches' labels; the rest is its
+        distance from the parents' average.
+
+    Raises
+    ------
+    CalibrationMismatchError
+        If labels count, and there are none, or they do not fit the first logits.
     """
 
     def __init__(
@@ -156,8 +211,11 @@ class Lessons:
         weights: Sequence[float],
         batches: Batches,
         memory: int = MEMORY,
+        labels: float = 0.0,
     ) -> None:
         self.batches = batches
+        self.labels = labels
+        self._classes: list[torch.Tensor] = []
         self.weights = list(weights)
         self._runs = [
             (Program(parent), state)
@@ -168,15 +226,26 @@ class Lessons:
         self._kept: list[Inputs] | None = self._keep()
         self._averages: dict[int, list[torch.Tensor]] = {}
         self._held = 0  # bytes of them
-        self.distance = Distance.of(capture, outputs, self._parents(next(iter(batches)))[0])
+        first = self._parents(next(iter(batches)))[0]
+        self.distance = Distance.of(capture, outputs, first)
+        if self._classes:
+            _check_shape(self.distance, first, self._classes[0])
+        for classes in self._classes:
+            _check_range(self.distance, first, classes)
 
     def _keep(self) -> list[Inputs] | None:
-        kept, size = [], 0
-        for inputs in self.batches:
+        kept: list[Inputs] | None = []
+        size = 0
+        for inputs, classes in self.batches.labelled() if self.labels else _unlabelled(self.batches):
             size += _bytes(inputs)
             if size > self._memory:
-                return None
-            kept.append(inputs)
+                kept = None
+            if kept is not None:
+                kept.append(inputs)
+            if classes is not None:
+                self._classes.append(classes)
+            elif kept is None:
+                break
         return kept
 
     def _parents(self, inputs: Inputs) -> list[list[Any]]:
@@ -216,8 +285,31 @@ class Lessons:
             if empty:
                 return
 
+    def loss(self, position: int, inputs: Inputs, outputs: Sequence[Any]) -> torch.Tensor:
+        """Return how far outputs are from the parents' average, and from labels if they count.
+
+        Parameters
+        ----------
+        position : int
+            The batch's place among all.
+        inputs : tuple
+            Args and kwargs.
+        outputs : sequence
+            A network's flat outputs.
+        """
+        total = torch.zeros(())
+        if self.labels < 1:
+            total = (1 - self.labels) * self.distance(outputs, self.average(position, inputs))
+        if self.labels:
+            logits = _labelled_logits(self.distance, outputs).float().flatten(0, -2)
+            classes = self._classes[position].flatten().to(logits.device)
+            if bool((classes != IGNORED).any()):
+                found = functional.cross_entropy(logits, classes, ignore_index=IGNORED)
+                total = total.to(found) + self.labels * found
+        return total
+
     def judge(self, run: Callable[[Inputs], Sequence[Any]], limit: int | None = None) -> float:
-        """Return the mean distance of a network from the parents' average.
+        """Return a network's mean loss.
 
         Parameters
         ----------
@@ -228,10 +320,14 @@ class Lessons:
         """
         with torch.no_grad():
             found = [
-                float(self.distance(run(inputs), self.average(position, inputs)))
+                float(self.loss(position, inputs, run(inputs)))
                 for position, inputs in itertools.islice(self.once(), limit)
             ]
         return sum(found) / len(found)
+
+
+def _unlabelled(batches: Iterable[Inputs]) -> Iterator[tuple[Inputs, None]]:
+    return ((inputs, None) for inputs in batches)
 
 
 def _bytes(values: Any) -> int:

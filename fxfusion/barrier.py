@@ -13,7 +13,7 @@ from rich.table import Table
 from torch.nn import functional
 
 from fxfusion.atomic import replacing
-from fxfusion.calibration import Batches
+from fxfusion.calibration import IGNORED, LABELS, Batches, labels_of
 from fxfusion.capture import Capture, Model
 from fxfusion.errors import CalibrationMismatchError, MissingDependencyError, OptionError
 from fxfusion.execution import Program
@@ -22,9 +22,6 @@ from fxfusion.pipeline import align, prepare
 from fxfusion.progress import Progress, silent
 from fxfusion.state import state_of
 from fxfusion.transport.learned import Refinement
-
-IGNORED = -100  # label of a prediction that does not count
-LABELS = "labels"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,17 +222,7 @@ def labelled(capture: Capture, evaluation: Iterable[Any]) -> list[Labelled]:
         If there are none, labels are missing or are no integers, or batches do not fit.
     """
     left, right = itertools.tee(evaluation)
-    labels = []
-    for batch in left:
-        named = isinstance(batch, Mapping)
-        if (named and LABELS not in batch) or (not named and not isinstance(batch, (tuple, list))):
-            raise CalibrationMismatchError(
-                "an evaluation batch has no labels: give (inputs, ..., labels), or a dict with 'labels'"
-            )
-        found = batch[LABELS] if named else batch[-1]
-        if not isinstance(found, torch.Tensor) or found.is_floating_point():
-            raise CalibrationMismatchError("labels are classes: give a tensor of integers")
-        labels.append(found.long())
+    labels = [labels_of(batch, "an evaluation batch") for batch in left]
     inputs = list(Batches(capture, [_unlabelled(batch) for batch in right]))
     if len(inputs) != len(labels):
         raise CalibrationMismatchError(f"{capture.name} fixes its batch size: evaluate on batches of it")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.utils._pytree as pytree
@@ -14,6 +14,11 @@ from fxfusion.capture import Capture
 from fxfusion.errors import CalibrationMismatchError
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+LABELS = "labels"
+IGNORED = -100  # label of a prediction that does not count
+
+Tree = TypeVar("Tree")  # of tensors whose first axis is the batch
 
 
 @dataclasses.dataclass(eq=False)
@@ -79,6 +84,21 @@ class Batches:
         bound = map(self._bind, self.source)
         return bound if self.capture.dynamic else self._rechunked(bound)
 
+    def labelled(self) -> Iterator[tuple[Inputs, torch.Tensor]]:
+        """Yield the batches with their labels.
+
+        Raises
+        ------
+        CalibrationMismatchError
+            If a batch has none, or they are no integers.
+        """
+        bound = map(self._labelled, self.source)
+        return bound if self.capture.dynamic else self._rechunked(bound)
+
+    def _labelled(self, batch: Any) -> tuple[Inputs, torch.Tensor]:
+        labels = labels_of(batch, "a calibration batch")
+        return self._bind(batch if isinstance(batch, Mapping) else tuple(batch[:-1])), labels
+
     def _bind(self, batch: Any) -> Inputs:
         """Return a batch as the args and kwargs with which the model was captured.
 
@@ -120,10 +140,10 @@ class Batches:
             if actual.is_floating_point() and not bool(actual.isfinite().all()):
                 raise CalibrationMismatchError(f"{place} holds NaN or infinite values")
 
-    def _rechunked(self, bound: Iterator[Inputs]) -> Iterator[Inputs]:
+    def _rechunked(self, bound: Iterator[Tree]) -> Iterator[Tree]:
         """Cut batches to the size that the model fixes; what is left over at the end is dropped."""
         size = _batch_size((self.capture.args, self.capture.kwargs))
-        pending: Inputs | None = None
+        pending: Tree | None = None
         for item in bound:
             pending = item if pending is None else _join(pending, item)
             while _batch_size(pending) >= size:
@@ -131,16 +151,39 @@ class Batches:
                 pending = _rows(pending, size, None)
 
 
+def labels_of(batch: Any, place: str) -> torch.Tensor:
+    """Return the labels of a batch: the entry ``labels`` of a dict, or the last of several entries.
+
+    Raises
+    ------
+    CalibrationMismatchError
+        If there are none, or they are no integers.
+    """
+    named = isinstance(batch, Mapping)
+    if LABELS not in batch if named else not isinstance(batch, (tuple, list)) or len(batch) < 2:
+        raise CalibrationMismatchError(
+            f"{place} has no labels: give (inputs, ..., labels), or a dict with '{LABELS}'"
+        )
+    found = batch[LABELS] if named else batch[-1]
+    if not isinstance(found, torch.Tensor) or found.is_floating_point():
+        raise CalibrationMismatchError("labels are classes: give a tensor of integers")
+    return found.long()
+
+
 def _batch_size(inputs: Any) -> int:
     return next(leaf.shape[0] for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor))
 
 
-def _rows(inputs: Inputs, start: int, stop: int | None) -> Inputs:
-    return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor[start:stop], inputs)
+def _rows(inputs: Tree, start: int, stop: int | None) -> Tree:
+    cut: Tree = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor[start:stop], inputs)
+    return cut
 
 
-def _join(left: Inputs, right: Inputs) -> Inputs:
-    return pytree.tree_map(lambda a, b: torch.cat([a, b]) if isinstance(a, torch.Tensor) else a, left, right)
+def _join(left: Tree, right: Tree) -> Tree:
+    joined: Tree = pytree.tree_map(
+        lambda a, b: torch.cat([a, b]) if isinstance(a, torch.Tensor) else a, left, right
+    )
+    return joined
 
 
 def _has_tensor(value: Any) -> bool:

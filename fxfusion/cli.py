@@ -26,7 +26,7 @@ from fxfusion.errors import FusionError, OptionError
 
 if TYPE_CHECKING:
     from fxfusion.explain import AxisExplanation, Part, Step
-    from fxfusion.inputs import Calibration, Example
+    from fxfusion.inputs import Calibration, Evaluation, Example
     from fxfusion.plan import Plan
     from fxfusion.processes import Processes
     from fxfusion.recipes import Recipe
@@ -140,6 +140,16 @@ RefineOption = Annotated[
     int | None,
     typer.Option(
         "--refine", metavar="STEPS", min=1, help="Learn transports on the calibration data: gradient steps."
+    ),
+]
+LabelsOption = Annotated[
+    float,
+    typer.Option(
+        "--labels",
+        metavar="SHARE",
+        min=0.0,
+        max=1.0,
+        help="Learn by labels, too: their share of the loss, by an array 'labels' of the calibration data.",
     ),
 ]
 UntieOption = Annotated[
@@ -347,6 +357,7 @@ def fuse(
         typer.Option("--method", help="Symmetry and repair by one name; auto chooses by calibration data."),
     ] = None,
     refine: RefineOption = None,
+    labels: LabelsOption = 0.0,
     gap: Annotated[
         float,
         typer.Option(
@@ -437,6 +448,7 @@ def fuse(
         output,
         **given_options,
         refine=refine,
+        labels=labels,
         gap=gap,
         untie=untie,
         calibration=calibration,
@@ -625,6 +637,19 @@ def _calibration(path: Path | None, resolved: ResolvedModel, batch_size: int) ->
     return None if path is None else inputs.load_calibration(path, resolved.model, batch_size)
 
 
+def _labelled(
+    path: Path | None, resolved: ResolvedModel, batch_size: int, labels: float
+) -> tuple[Calibration | None, Calibration | Evaluation | None]:
+    """Return calibration data, alone and with labels if these count."""
+    from fxfusion import inputs
+
+    if path is None or not labels:
+        batches = _calibration(path, resolved, batch_size)
+        return batches, batches
+    found = inputs.load_evaluation(path, resolved.model, batch_size)
+    return found.inputs, found
+
+
 def _plan(
     resolved: ResolvedModel,
     given: Sequence[str] | None,
@@ -738,13 +763,13 @@ def _fuse_loaded(
         resolved = [item.placed(device) for item in _untied(resolved, recipe.untie)]
         target = resolved[recipe.target]
         _check_output(recipe.output, resolved, target)
-        batches = _calibration(recipe.calibration, target, recipe.batch_size)
+        batches, seen = _labelled(recipe.calibration, target, recipe.batch_size, recipe.labels)
         example = _example(target, recipe.inputs, batches)
         result = fxfusion.fuse(
             [parent.model for parent in resolved],
             example.args,
             example.kwargs,
-            calibration=batches,
+            calibration=seen,
             weights=recipe.shares,
             target=recipe.target,
             seed=recipe.seed,

@@ -248,7 +248,7 @@ def _load(path: Path, model: nn.Module | ExportedProgram, batch_size: int) -> tu
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Batches of evaluation data: inputs, and ``labels``.
+    """Batches of data with labels: inputs, and ``labels``.
 
     Attributes
     ----------
@@ -259,6 +259,9 @@ class Evaluation:
 
     inputs: Calibration
     labels: Array
+
+    def __len__(self) -> int:
+        return len(self.inputs)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         start = 0

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxfusion.agreement import Lessons, difference
+from fxfusion.agreement import Lessons, check_labels, difference
 from fxfusion.calibration import Batches, Inputs
 from fxfusion.capture import Model, capture
 from fxfusion.certify import Certificate, certify_plan
@@ -704,6 +704,8 @@ def _paired(
         for captured in (module, *others.values()):
             _run([Normalize(), Propagate(settings.outputs)], captured)
         module = _run([Pair(states, target, others)], module)
+    if batches is not None and settings.refinement is not None and settings.refinement.labels:
+        check_labels(state.capture, state.capture.canonical(states[target]), state.outputs, batches)
     return _Job(module, models, states, shares, target, batches, settings, clock, state)
 
 
@@ -785,6 +787,7 @@ def _refined(job: _Job, based: FusionState, settings: Settings) -> FusionState:
                 job.shares,
                 settings.seed,
                 settings.repair != "none",
+                settings.coupling,
                 settings.progress,
             )
         )

@@ -17,6 +17,7 @@ from typing import Any
 from fxfusion.errors import CalibrationRequiredError, OptionError, RecipeError, TooFewModelsError
 from fxfusion.presets import reference
 from fxfusion.transport.hierarchy import Coupling
+from fxfusion.transport.learned import Refinement
 from fxfusion.transport.options import Flow, Observe
 
 if sys.version_info >= (3, 11):
@@ -52,6 +53,8 @@ class Recipe:
         As for :func:`fxfusion.fuse`; None for its default.
     target, weights, seed
         Likewise.
+    labels : float
+        As for :class:`fxfusion.Refinement`; the calibration data then hold an array ``labels``.
     gap : float
         As for :class:`fxfusion.Coupling`, of hard couplings.
     untie : bool
@@ -93,6 +96,7 @@ class Recipe:
     repair: str | None = None
     method: str | None = None
     refine: int | None = None
+    labels: float = 0.0
     regularisation: float | None = None
     gap: float = 0.0
     rounds: int | None = None
@@ -131,12 +135,15 @@ class Recipe:
         for name in ("shard_size", "max_memory"):
             if not 0.001 <= getattr(self, name) < math.inf:
                 raise OptionError(f"{name}={getattr(self, name)!r}: give gigabytes, 0.001 or more")
-        if self.stream and (self.untie or any(getattr(self, name) is not None for name in LOADED_ONLY)):
+        named = any(getattr(self, name) is not None for name in LOADED_ONLY)
+        if self.stream and (self.untie or self.labels or named):
             raise OptionError(
-                "--stream solves permutations, hard: leave out untie, " + ", ".join(LOADED_ONLY)
+                "--stream solves permutations, hard: leave out untie, labels, " + ", ".join(LOADED_ONLY)
             )
         if self.stream and self.device != "cpu":
             raise OptionError(f"--stream runs on the CPU: leave out --device {self.device}")
+        if self.labels and self.refine is None and self.method != "learned":
+            raise OptionError('labels are what transports are learned from: give refine, or method "learned"')
         if self.gap and (self.coupling not in (None, "hard") or self.flow == "reference"):
             raise OptionError("gap is of hard couplings: leave one of them out, or give it with the coupling")
         self.options()  # a flow or an observation that cannot be read is refused now
@@ -151,6 +158,10 @@ class Recipe:
         names = ("features", "coupling", "symmetry", "repair", "method", "refine", "regularisation")
         given = {name: getattr(self, name) for name in (*names, "rounds", "layers", "layer_matching")}
         found = {name: value for name, value in given.items() if value is not None}
+        if self.labels:
+            learning = Refinement(labels=self.labels)
+            steps = learning.steps if self.refine is None else self.refine
+            found["refine"] = dataclasses.replace(learning, steps=steps)
         if self.gap:
             found["coupling"] = Coupling(gap=self.gap)
         if self.outputs is not None:
@@ -218,7 +229,7 @@ def _setting(name: str, value: Any, where: str) -> Any:
         return Path(text)
     if name in ("untie", "stream"):
         return _typed(name, value, bool, "true or false", where)
-    if name in ("shard_size", "max_memory", "regularisation", "gap"):
+    if name in ("shard_size", "max_memory", "regularisation", "gap", "labels"):
         return _number(name, value, where)
     if name == "coupling" and isinstance(value, Mapping):
         return _coupling(value, where)

@@ -83,8 +83,11 @@ def _notes(state: FusionState) -> tuple[str, ...]:
     if not state.capture.dynamic:
         notes.append("the model fixes its batch size: the fused module takes the example's only")
     if state.refined is not None:
+        learning = state.method.refinement
+        labelled = learning is not None and learning.labels > 0
+        told = "loss" if labelled else "distance from the parents' average outputs"
         notes.append(
-            f"transports refined in {state.refined.steps} steps: distance from the parents' average outputs "
+            f"transports refined in {state.refined.steps} steps: {told} "
             f"{state.refined.before:.4g} before and {state.refined.after:.4g} after, on batches held out"
         )
     gaps = {name: gap for item in state.alignments if item is not None for name, gap in item.gaps.items()}

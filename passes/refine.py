@@ -14,6 +14,7 @@ from fxfusion.passes.base import FusionPass
 from fxfusion.progress import Progress, silent
 from fxfusion.state import state_of
 from fxfusion.symmetry import act
+from fxfusion.transport.hierarchy import Coupling
 from fxfusion.transport.learned import Refinement, refine
 
 
@@ -31,6 +32,8 @@ class Refine(FusionPass):
     seed : int
     renormalised : bool
         Whether ``Repair`` will correct batch normalisations.
+    coupling : Coupling
+        Of which spaces the learned transports are soft.
     progress : callable, optional
     """
 
@@ -39,6 +42,7 @@ class Refine(FusionPass):
     weights: Sequence[float] | None = None
     seed: int = 0
     renormalised: bool = True
+    coupling: Coupling = dataclasses.field(default_factory=Coupling)
     progress: Progress = silent
 
     def requires(self, graph_module: GraphModule) -> None:
@@ -50,7 +54,14 @@ class Refine(FusionPass):
         state = state_of(graph_module)
         assert state.plan is not None
         weights = self.weights or (1.0 / len(state.parents),) * len(state.parents)
-        lessons = Lessons(state.capture, state.taught_by, state.outputs, weights, self.batches)
+        lessons = Lessons(
+            state.capture,
+            state.taught_by,
+            state.outputs,
+            weights,
+            self.batches,
+            labels=self.options.labels,
+        )
         state.refined = refine(
             state.plan,
             state.capture,
@@ -61,6 +72,7 @@ class Refine(FusionPass):
             self.options,
             self.seed,
             self.renormalised,
+            self.coupling,
             self.progress,
         )
         state.aligned = [

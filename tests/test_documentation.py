@@ -101,6 +101,7 @@ def names() -> dict[str, Any]:
         "images": images,
         "example": {"pixel_values": images},
         "batches": [{"pixel_values": torch.randn(4, 1, 8, 8)} for _ in range(3)],
+        "labelled": [{"pixel_values": images, "labels": torch.arange(4) % 2} for _ in range(3)],
     }
 
 

@@ -42,6 +42,7 @@ calibration = "text.npz"
 batch_size = 8
 method = "learned"
 refine = 100
+labels = 0.25
 inputs = ["input_ids=2x6:int64"]
 outputs = ["logits"]
 seed = 3
@@ -73,6 +74,7 @@ def test_every_setting_is_read(tmp_path: Path) -> None:
         batch_size=8,
         method="learned",
         refine=100,
+        labels=0.25,
         inputs=("input_ids=2x6:int64",),
         outputs=("logits",),
         seed=3,
@@ -81,7 +83,7 @@ def test_every_setting_is_read(tmp_path: Path) -> None:
     )
     assert found.options() == {
         "method": "learned",
-        "refine": 100,
+        "refine": fxfusion.Refinement(steps=100, labels=0.25),
         "rounds": 2,
         "outputs": ["logits"],
         "coupling": found.coupling,
@@ -102,6 +104,9 @@ def test_every_setting_is_read(tmp_path: Path) -> None:
         (LEAST + "target = 2", OptionError, "choose -2 to 1"),
         (LEAST + "target = true", RecipeError, "whole number"),
         (LEAST + "refine = 0", RecipeError, "give 1 or more"),
+        (LEAST + "refine = 9\nlabels = 2", OptionError, "from 0 to 1"),
+        (LEAST + "labels = 0.5", OptionError, "give refine"),
+        (LEAST + "stream = true\nlabels = 0.5", OptionError, "leave out untie, labels"),
         (LEAST + "batch_size = 1.5", RecipeError, "whole number"),
         (LEAST + "untie = 1", RecipeError, "true or false"),
         (LEAST + 'features = "activations"', CalibrationRequiredError, "calibration"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,13 @@ import fxfusion
 from fxfusion import Certificate, Plan, Refinement, pipeline
 from fxfusion.agreement import Distance, Lessons
 from fxfusion.calibration import Batches
-from fxfusion.errors import CalibrationRequiredError, CertificationError, CheckpointError, OptionError
+from fxfusion.errors import (
+    CalibrationMismatchError,
+    CalibrationRequiredError,
+    CertificationError,
+    CheckpointError,
+    OptionError,
+)
 from fxfusion.execution import Program
 from fxfusion.methods import METHODS
 from fxfusion.passes.align import Align
@@ -261,6 +268,171 @@ def test_what_does_not_help_is_not_kept(rate: float, ends: str, monkeypatch: pyt
         torch.testing.assert_close(state.aligned[0][name], tensor, rtol=1e-6, atol=1e-7)
 
 
+# -- labels -------------------------------------------------------------------------------------------
+
+
+class Pixels(nn.Module):
+    """A class per pixel, and a number beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 6, 1), nn.GELU(), nn.Conv2d(6, 3, 1))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        found = self.body(x)
+        return {"logits": found, "level": x.mean((-2, -1)) + found.mean((1, 2, 3))[:, None]}
+
+
+def test_labels_count_by_their_share() -> None:
+    """Classes of images lie on the second axis; what is ignored does not count."""
+    torch.manual_seed(0)
+    models = [Pixels(), Pixels()]
+    data = []
+    for _ in range(3):
+        classes = torch.randint(0, 3, (4, 5, 5))
+        classes[0, 0] = -100
+        data.append((torch.randn(4, 1, 5, 5), classes))
+    captured = state_of(fxfusion.prepare(models[1], (data[0][0],))).capture
+    batches = Batches(captured, data)
+    parents = [(captured, dict(model.state_dict())) for model in models]
+    flat = frozenset(range(len(captured.outputs)))
+
+    def taught(share: float, memory: int = 2**20) -> Lessons:
+        return Lessons(captured, parents, flat, [0.5, 0.5], batches, memory, labels=share)
+
+    position, inputs = list(taught(0.3).once())[1]
+    outputs = Program(captured).run([parents[0][1]], *inputs)[0]
+    logits = models[0](data[1][0])["logits"].detach()
+    expected = functional.cross_entropy(logits, data[1][1], ignore_index=-100)
+    torch.testing.assert_close(taught(1.0).loss(position, inputs, outputs), expected)
+    distance = taught(0.0).loss(position, inputs, outputs)
+    torch.testing.assert_close(taught(0.0, 0).loss(position, inputs, outputs), distance)
+    for memory in (0, 2**20):
+        found = taught(0.3, memory).loss(position, inputs, outputs)
+        torch.testing.assert_close(found, 0.7 * distance + 0.3 * expected)
+
+
+def _outputs(program: Program, state: Any, inputs: Any) -> list[Any]:
+    return program.run([state], *inputs)[0]
+
+
+def test_what_labels_say_is_learned() -> None:
+    """Labels that no parent gives: learned from them, an average says them more than one learned without."""
+    module, batches = aligned("hf_vit", samples=64)
+    start = list(state_of(module).aligned)
+    capture = state_of(module).capture
+    truth = zoo.build("hf_vit", 5)
+    data = []
+    for _, kwargs in batches:
+        with torch.no_grad():
+            data.append({**kwargs, "labels": truth(**kwargs).logits.argmax(-1)})
+    found = []
+    for share in (0.0, 1.0):
+        state_of(module).aligned = list(start)
+        module = Refine(Batches(capture, data), Refinement(steps=80, spread=1.0, labels=share))(
+            module
+        ).graph_module
+        state = state_of(module)
+        assert state.refined is not None
+        assert state.refined.after < state.refined.before
+        merged = {name: (state.aligned[0][name] + state.aligned[1][name]) / 2 for name in state.aligned[1]}
+        lessons = Lessons(
+            capture, state.taught_by, state.outputs, [0.5, 0.5], Batches(capture, data), labels=1.0
+        )
+        run = functools.partial(_outputs, Program(capture), merged)
+        found.append(lessons.judge(run))
+    assert found[1] < found[0]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda x, y: x, "no labels"),
+        (lambda x, y: (x,), "no labels"),
+        (lambda x, y: {"input": x}, "no labels"),
+        (lambda x, y: (x, y.float()), "integers"),
+        (lambda x, y: (x, y[:, None]), "shape"),
+        (lambda x, y: (x, y + 1), "from 1 to 3"),
+        (lambda x, y: (x, y - 1), "from -1 to 1"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused_before_the_work(
+    spoil: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(*arguments: Any) -> None:
+        raise AssertionError("alignment has begun")
+
+    monkeypatch.setattr(pipeline, "_aligned", late)
+    models = [nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)) for _ in range(2)]
+    data = [spoil(torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2]))]
+    with pytest.raises(CalibrationMismatchError, match=message):
+        fxfusion.fuse(models, (torch.randn(2, 4),), calibration=data, refine=Refinement(labels=0.5))
+
+
+def test_later_labels_that_do_not_fit_are_refused() -> None:
+    models = [nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)) for _ in range(2)]
+    x, y = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+    for later in ((x, y + 1), (x,)):
+        with pytest.raises(CalibrationMismatchError, match=r"from 1 to 3|no labels"):
+            fxfusion.fuse(models, (x,), calibration=[(x, y), later], refine=Refinement(labels=0.5))
+
+
+def test_labels_are_cut_with_their_batches() -> None:
+    """Where a model fixes its batch size, labels stay with their inputs."""
+    x = torch.arange(40.0).reshape(10, 4)
+    model = nn.Linear(4, 2)
+    captured = state_of(fxfusion.prepare(model, (x[:4],))).capture
+    fixed = Batches(
+        dataclasses.replace(captured, dynamic=False), [(x[:7], x[:7, 0].long()), (x[7:], x[7:, 0].long())]
+    )
+    found = list(fixed.labelled())
+    assert [len(labels) for _, labels in found] == [4, 4]
+    for (args, _), labels in found:
+        assert torch.equal(args[0][:, 0].long(), labels)
+
+
+# -- soft transports ----------------------------------------------------------------------------------
+
+
+def test_a_soft_coupling_is_learned_through_its_scores() -> None:
+    plan = fxfusion.plan(zoo.build("perceptron", 0), *zoo.inputs("perceptron"))
+    space = plan.spaces[0]
+    blend = learned._Blend(plan, space, torch.device("cpu"), margin=0.02)
+    first = blend.map(blend.parameter)
+    assert isinstance(first, SoftMap)
+    torch.testing.assert_close(first.write.diagonal(), torch.full((space.size,), learned._KEPT))
+    wanted = torch.eye(space.size).roll(1, 0)
+    optimizer = torch.optim.Adam([blend.parameter], lr=0.001)
+    for _ in range(60):
+        found = blend.map(blend.parameter)
+        assert isinstance(found, SoftMap)
+        optimizer.zero_grad()
+        (-(found.write * wanted).sum()).backward()
+        optimizer.step()
+    last = blend.final(blend.parameter.detach())
+    assert isinstance(last, SoftMap)
+    assert last.write.dtype is torch.float64
+    assert float((last.write * wanted).sum()) > 0.9 * space.size
+    for axis in (0, 1):
+        torch.testing.assert_close(last.write.sum(axis), torch.ones_like(last.write[0]), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("soft", ["*", "0.*", "nothing"])
+def test_transports_are_learned_soft_where_the_coupling_is(soft: str) -> None:
+    module, batches = aligned("perceptron", turning=False)
+    plan = state_of(module).plan
+    assert plan is not None
+    coupling = fxfusion.Coupling(overrides={soft: fxfusion.Coupling(0.01)})
+    module = Refine(batches, Refinement(steps=40), coupling=coupling)(module).graph_module
+    refined = state_of(module).refined
+    assert refined is not None
+    assert refined.after < refined.before
+    assert refined.maps[0] is not None
+    for space in plan.spaces:
+        expected = SoftMap if coupling.of(space.name).regularisation is not None else HardMap
+        assert isinstance(refined.maps[0][space.name], expected)
+
+
 # -- methods ------------------------------------------------------------------------------------------
 
 
@@ -329,7 +501,7 @@ def test_what_does_not_go_together_is_refused(options: dict[str, Any], error: ty
         fxfusion.fuse(**given)
 
 
-@pytest.mark.parametrize("field", [{"rate": 0.0}, {"spread": 1.5}, {"steps": 0}])
+@pytest.mark.parametrize("field", [{"rate": 0.0}, {"spread": 1.5}, {"steps": 0}, {"labels": -0.1}])
 def test_values_out_of_range_are_refused(field: dict[str, Any]) -> None:
     with pytest.raises(OptionError):
         Refinement(**field)

@@ -40,6 +40,7 @@ from fxfusion.repair import batch_norms, measured_norms
 from fxfusion.rules.registry import operator_name
 from fxfusion.symmetry import act
 from fxfusion.transport.assignment import assign
+from fxfusion.transport.hierarchy import Coupling
 from fxfusion.transport.map import HardMap, Map, SoftMap, apart
 from fxfusion.transport.rotation import complement
 
@@ -51,6 +52,8 @@ _HELD_OUT = 10  # one batch in so many judges, and is not learned from
 _SCORES = 0.1  # step size of scores, relative to that of rotations
 _MARGIN = 20.0  # steps by which scores first favour the unit in its own place
 _WARM_UP = 20
+_KEPT = 0.95  # of a unit, in its own place, where soft couplings begin
+_TURNS = 20  # of Sinkhorn's algorithm
 _TINY = 1e-12
 
 
@@ -67,6 +70,10 @@ class Refinement:
     spread : float
         How far the points at which the merged network is run lie from the wanted average, in [0, 1]: their
         shares are ``(1 - spread) * weights + spread * random``.
+    labels : float
+        Share of the loss that is the cross-entropy with the labels of the calibration batches, in [0, 1]; the
+        rest is the distance from the parents' average outputs. Batches then are ``(inputs, ..., labels)``, or
+        dicts with an entry ``labels``, as for :func:`fxfusion.barrier`.
     checkpoint : path, optional
         A safetensors file from which an interrupted refinement goes on, written now and then.
 
@@ -84,6 +91,7 @@ class Refinement:
     steps: int = 400
     rate: float = 0.01
     spread: float = 0.2
+    labels: float = 0.0
     checkpoint: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
@@ -93,6 +101,8 @@ class Refinement:
             raise OptionError(f"rate={self.rate!r}: give a positive number")
         if not 0 <= self.spread <= 1:
             raise OptionError(f"spread={self.spread!r}: give a number from 0 to 1")
+        if not 0 <= self.labels <= 1:
+            raise OptionError(f"labels={self.labels!r}: give a number from 0 to 1")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -104,8 +114,8 @@ class Refined:
     maps : list
         Per parent, further transports within the target's basis; None for the target.
     before, after : float
-        Distance of the merged network from the parents' average outputs, on batches that were not learned
-        from (see :mod:`fxfusion.agreement`).
+        Loss of the merged network on batches that were not learned from: its distance from the parents'
+        average outputs (see :mod:`fxfusion.agreement`), and what labels say, if they count.
     steps : int
         Steps that were taken.
     """
@@ -186,13 +196,40 @@ class _Swap:
         return HardMap(self.space.scope, self._index(parameter))
 
 
-_Element = _Turn | _Invertible | _Swap
+class _Blend:
+    """A soft coupling per unit of the outer spaces: scores through Sinkhorn's algorithm."""
+
+    def __init__(self, plan: Plan, space: Space, device: torch.device, margin: float) -> None:
+        self.space = space
+        outer = [plan.scope_size(name) for name in space.scope]
+        scores = margin * torch.eye(space.size, device=device)
+        self.parameter = scores.expand(*outer, -1, -1).clone().requires_grad_()
+        odds = _KEPT / (1 - _KEPT) * (space.size - 1)
+        self.sharpness = math.log(odds) / margin
+
+    def map(self, parameter: torch.Tensor) -> Map:
+        """Return the transport at a value of the parameter, in its precision."""
+        logs = parameter * self.sharpness
+        for _ in range(_TURNS):
+            logs = logs - logs.logsumexp(-2, keepdim=True)
+            logs = logs - logs.logsumexp(-1, keepdim=True)
+        coupled = apart(logs.exp(), len(self.space.scope))
+        return SoftMap(self.space.scope, coupled, coupled)
+
+    def final(self, parameter: torch.Tensor) -> Map:
+        """Return the transport to keep."""
+        return self.map(parameter.double())
 
 
-def _element(plan: Plan, space: Space, device: torch.device, margin: float) -> _Element:
+_Element = _Turn | _Invertible | _Swap | _Blend
+
+
+def _element(plan: Plan, space: Space, device: torch.device, margin: float, soft: bool) -> _Element:
     if space.symmetry is Symmetry.LINEAR:
         return _Invertible(plan, space, device)
-    return _Turn(plan, space, device) if space.symmetry.rotates else _Swap(plan, space, device, margin)
+    if space.symmetry.rotates:
+        return _Turn(plan, space, device)
+    return (_Blend if soft else _Swap)(plan, space, device, margin)
 
 
 def refine(
@@ -205,6 +242,7 @@ def refine(
     options: Refinement,
     seed: int = 0,
     renormalised: bool = True,
+    coupling: Coupling | None = None,
     progress: Progress = silent,
 ) -> Refined:
     """Refine the alignment of all parents but the target.
@@ -229,6 +267,8 @@ def refine(
         Draws the points at which merged networks are run.
     renormalised : bool
         Whether batch normalisations will be given the merged network's own statistics.
+    coupling : Coupling, optional
+        Of which spaces that do not turn the further transports are soft; of none by default.
     progress : callable, optional
 
     Returns
@@ -241,7 +281,17 @@ def refine(
         If the checkpoint to go on from is of another refinement, or damaged.
     """
     learner = _Learner(
-        plan, capture, list(aligned), target, list(weights), lessons, options, seed, renormalised, progress
+        plan,
+        capture,
+        list(aligned),
+        target,
+        list(weights),
+        lessons,
+        options,
+        seed,
+        renormalised,
+        coupling or Coupling(),
+        progress,
     )
     return learner.run()
 
@@ -257,6 +307,7 @@ class _Learner:
     options: Refinement
     seed: int
     renormalised: bool
+    coupling: Coupling
     progress: Progress
 
     def __post_init__(self) -> None:
@@ -270,7 +321,7 @@ class _Learner:
         margin = self.options.rate * _SCORES * _MARGIN
         self.elements: dict[int, list[_Element]] = {
             index: [
-                _element(plan, space, device, margin)
+                _element(plan, space, device, margin, self._soft(space))
                 for space in plan.spaces
                 if space.name not in outer and space.size > 1
             ]
@@ -279,6 +330,10 @@ class _Learner:
         }
         self.parameters = [element.parameter for elements in self.elements.values() for element in elements]
         self.held_out = max(len(self.lessons.batches) // _HELD_OUT, 1)
+
+    def _soft(self, space: Space) -> bool:
+        found = self.coupling.of(space.name)
+        return found.regularisation is not None and not found.widening
 
     def _see_norms(self) -> None:
         """Give every parent, beside its stored statistics, those of the calibration data.
@@ -306,7 +361,7 @@ class _Learner:
             [
                 {
                     "params": [element.parameter],
-                    "lr": options.rate * (_SCORES if isinstance(element, _Swap) else 1.0),
+                    "lr": options.rate * (_SCORES if isinstance(element, (_Swap, _Blend)) else 1.0),
                 }
                 for elements in self.elements.values()
                 for element in elements
@@ -385,8 +440,7 @@ class _Learner:
         return self.program.run([state], args, kwargs, override=override, gradients=gradients)[0]
 
     def _loss(self, position: int, inputs: Any, shares: Sequence[float]) -> torch.Tensor:
-        outputs = self._outputs(self._merged(shares), inputs)
-        return self.lessons.distance(outputs, self.lessons.average(position, inputs))
+        return self.lessons.loss(position, inputs, self._outputs(self._merged(shares), inputs))
 
     def _judge(self) -> float:
         """Return the distance of the wanted average on what is not learned from."""
@@ -411,7 +465,14 @@ class _Learner:
         """Return what tells one refinement from another: its options and its weights."""
         facts = hashlib.sha256(
             repr(
-                (self.options.rate, self.options.steps, self.options.spread, self.seed, self.weights)
+                (
+                    self.options.rate,
+                    self.options.steps,
+                    self.options.spread,
+                    self.options.labels,
+                    self.seed,
+                    self.weights,
+                )
             ).encode()
         )
         for state in self.aligned:
