@@ -185,26 +185,25 @@ def test_a_planted_rotation_is_undone() -> None:
 
 
 def test_a_permutation_is_learned_through_its_scores() -> None:
-    """Forward the best assignment, backward the scores' own gradient."""
+    """Soft at first, harder step by step, then the best assignment, from which no gradient flows."""
     plan = fxfusion.plan(zoo.build("perceptron", 0), *zoo.inputs("perceptron"))
     space = plan.spaces[0]
-    swap = learned._Swap(plan, space, torch.device("cpu"), margin=0.5)
-    first = swap.map(swap.parameter)
-    assert isinstance(first, SoftMap)
-    torch.testing.assert_close(first.write, torch.eye(space.size))
+    swap = learned._Swap(plan, space, torch.device("cpu"), margin=0.02)
     wanted = torch.eye(space.size).roll(1, 0)
-    optimizer = torch.optim.SGD([swap.parameter], lr=0.1)
-    for _ in range(10):
-        found = swap.map(swap.parameter)
+    optimizer = torch.optim.Adam([swap.parameter], lr=0.001)
+    entropies = []
+    for step in range(100):
+        found = swap.map(swap.parameter, step / 100)
         assert isinstance(found, SoftMap)
-        loss = -(found.write * wanted).sum()
+        entropies.append(float(-(found.write * found.write.clamp_min(1e-30).log()).sum().detach()))
         optimizer.zero_grad()
-        loss.backward()
-        torch.testing.assert_close(swap.parameter.grad, -wanted)
+        (-(found.write * wanted).sum()).backward()
         optimizer.step()
     last = swap.final(swap.parameter)
     assert isinstance(last, HardMap)
+    assert isinstance(swap.map(swap.parameter, 1.0), HardMap)
     assert last.index.tolist() == wanted.argmax(-1).tolist()
+    assert entropies[-1] < 0.01 * max(entropies)
 
 
 def test_an_interrupted_refinement_goes_on_where_it_was(
@@ -262,7 +261,7 @@ def test_what_does_not_help_is_not_kept(rate: float, ends: str, monkeypatch: pyt
     before = state_of(module).aligned[0]
     state = state_of(Refine(batches, Refinement(steps=100, rate=rate))(module).graph_module)
     assert state.refined is not None
-    patient = state.refined.steps == 10 * learned.PATIENCE
+    patient = state.refined.steps == 100 * learned._HARD + 10 * (learned.PATIENCE - 1)
     assert patient == (ends == "without an improvement")
     for name, tensor in before.items():
         torch.testing.assert_close(state.aligned[0][name], tensor, rtol=1e-6, atol=1e-7)
@@ -398,13 +397,13 @@ def test_a_soft_coupling_is_learned_through_its_scores() -> None:
     plan = fxfusion.plan(zoo.build("perceptron", 0), *zoo.inputs("perceptron"))
     space = plan.spaces[0]
     blend = learned._Blend(plan, space, torch.device("cpu"), margin=0.02)
-    first = blend.map(blend.parameter)
+    first = blend.map(blend.parameter, 0.0)
     assert isinstance(first, SoftMap)
     torch.testing.assert_close(first.write.diagonal(), torch.full((space.size,), learned._KEPT))
     wanted = torch.eye(space.size).roll(1, 0)
     optimizer = torch.optim.Adam([blend.parameter], lr=0.001)
     for _ in range(60):
-        found = blend.map(blend.parameter)
+        found = blend.map(blend.parameter, 0.0)
         assert isinstance(found, SoftMap)
         optimizer.zero_grad()
         (-(found.write * wanted).sum()).backward()
@@ -413,11 +412,13 @@ def test_a_soft_coupling_is_learned_through_its_scores() -> None:
     assert isinstance(last, SoftMap)
     assert last.write.dtype is torch.float64
     assert float((last.write * wanted).sum()) > 0.9 * space.size
-    for axis in (0, 1):
-        torch.testing.assert_close(last.write.sum(axis), torch.ones_like(last.write[0]), rtol=1e-3, atol=1e-3)
+    ones = torch.ones_like(last.write[0])
+    torch.testing.assert_close(last.write.sum(1), ones)
+    torch.testing.assert_close(last.read.sum(0), ones)
+    torch.testing.assert_close(last.write, last.read, rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("soft", ["*", "0.*", "nothing"])
+@pytest.mark.parametrize("soft", ["*", "first*", "nothing"])
 def test_transports_are_learned_soft_where_the_coupling_is(soft: str) -> None:
     module, batches = aligned("perceptron", turning=False)
     plan = state_of(module).plan
@@ -426,7 +427,7 @@ def test_transports_are_learned_soft_where_the_coupling_is(soft: str) -> None:
     module = Refine(batches, Refinement(steps=40), coupling=coupling)(module).graph_module
     refined = state_of(module).refined
     assert refined is not None
-    assert refined.after < refined.before
+    assert refined.after < refined.before or soft == "nothing"
     assert refined.maps[0] is not None
     for space in plan.spaces:
         expected = SoftMap if coupling.of(space.name).regularisation is not None else HardMap

@@ -39,7 +39,9 @@ def fuse(
 ) -> nn.Module:
     """Return the fusion of networks as an instance of the class, of the size of ``like``."""
     calibrated = features == "activations" or "repair" in options
-    seen = task.calibration(samples) if calibrated else None
+    learning = options.get("refine")
+    labelled = learning is not None and learning.labels > 0
+    seen = task.calibration(samples, labelled) if calibrated else None
     result = fxfusion.fuse(models, kwargs=task.example(), calibration=seen, features=features, **options)
     return loaded(like, result.state_dict())
 

@@ -74,6 +74,8 @@ class Study:
         Where a picture goes.
     only : str
         Part of the names of what is trained on; all by default.
+    also : str
+        What transports are learned with besides: ``soft`` couplings, ``labels``; separated by commas.
     """
 
     task: Task
@@ -85,6 +87,7 @@ class Study:
     refinement: fxfusion.Refinement = dataclasses.field(default_factory=fxfusion.Refinement)
     refined_on: int = 2000
     only: str = ""
+    also: str = ""
 
     def parent(self, seed: int, size: Size | None = None) -> nn.Module:
         """Return a trained network."""
@@ -99,6 +102,13 @@ class Study:
     def learning(self) -> dict[str, Any]:
         """Options of a fusion whose transports are learned."""
         return {"method": "learned", "refine": self.refinement, "samples": self.refined_on}
+
+    def learned_otherwise(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield further ways to learn, by name."""
+        for name in filter(None, self.also.split(",")):
+            refinement = dataclasses.replace(self.refinement, labels=0.5 if name == "labels" else 0.0)
+            coupling = "soft" if name == "soft" else "hard"
+            yield f"learned, {name}", self.learning | {"refine": refinement, "coupling": coupling}
 
     def tuned(self, model: nn.Module) -> nn.Module:
         """Return a network after further training; the network itself stays."""
@@ -160,6 +170,7 @@ def stages(study: Study) -> Scores:
             ("rotations, units repaired", {"method": "orthogonal", "repair": "units"}),
             ("auto", {"method": "auto"}),
             ("learned", study.learning),
+            *study.learned_otherwise(),
         )
         for name, options in settings:
             with Measured() as cost:
@@ -492,6 +503,9 @@ def main(
     refine: Annotated[int, typer.Option(help="Steps in which transports are learned.")] = 400,
     samples: Annotated[int, typer.Option(help="Unlabelled samples that they are learned on.")] = 2000,
     only: Annotated[str, typer.Option(help="Train on what has this in its name alone.")] = "",
+    also: Annotated[
+        str, typer.Option(help="Learn with these, too: 'soft' couplings, 'labels' (half of the loss).")
+    ] = "",
     checkpoints: Annotated[Path | None, typer.Option(help="Where parents are kept.")] = None,
     output: Annotated[Path | None, typer.Option(help="Markdown file to write the table to.")] = None,
 ) -> None:
@@ -506,7 +520,7 @@ def main(
     picture = place / f"landscape-{task}.png"
     learning = fxfusion.Refinement(steps=refine)
     rate = tuning_rate or found.rate / 3
-    study = Study(found, pairs, checkpoints, tuning_steps, rate, picture, learning, samples, only)
+    study = Study(found, pairs, checkpoints, tuning_steps, rate, picture, learning, samples, only, also)
     scores = TABLES[table](study)
     shown = Table("network", *_columns(scores), title=f"{table}, {task}")
     for row in _cells(scores):

@@ -2,14 +2,16 @@
 
 Closed forms compare one layer at a time. Here every space of an aligned parent gets a further element of its
 own group: of rotations by the Cayley transform (inside the complement of the ones vector where the mean must
-stay), of invertible maps by the matrix exponential, of permutations by an assignment forward and scores
-backward (straight-through, Bengio et al. 2013).
+stay), of invertible maps by the matrix exponential, of permutations by scores, through Sinkhorn's algorithm,
+which harden while they are learned (Mena et al. 2018): assignments forward and scores backward
+(straight-through) swap units to and fro, and everything else learns to live with that.
 Merged networks at random points near the wanted average are run on calibration data and brought to the
 parents' average outputs by gradient descent on these elements alone. The group is never left, so the aligned
 parents compute what they did.
 
-After Ainsworth, Hayase and Srinivasa, Git Re-Basin, ICLR 2023, section 3.3 (permutations), and Theus et al.,
-Generalized Linear Mode Connectivity for Transformers, NeurIPS 2025 (rotations).
+After Ainsworth, Hayase and Srinivasa, Git Re-Basin, ICLR 2023, section 3.3, and Theus et al., Generalized
+Linear Mode Connectivity for Transformers, NeurIPS 2025, who take permutations straight-through; Mena et al.,
+Learning Latent Permutations with Gumbel-Sinkhorn Networks, ICLR 2018.
 """
 
 from __future__ import annotations
@@ -27,7 +29,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import fx
-from torch.nn import functional
 
 from fxfusion.agreement import Lessons
 from fxfusion.atomic import replacing
@@ -52,8 +53,10 @@ _HELD_OUT = 10  # one batch in so many judges, and is not learned from
 _SCORES = 0.1  # step size of scores, relative to that of rotations
 _MARGIN = 20.0  # steps by which scores first favour the unit in its own place
 _WARM_UP = 20
-_KEPT = 0.95  # of a unit, in its own place, where soft couplings begin
-_TURNS = 20  # of Sinkhorn's algorithm
+_KEPT = 0.95  # of a unit, in its own place, where couplings begin
+_TURNS = 5  # of Sinkhorn's algorithm
+_HARD = 0.6  # part of the steps after which permutations are hard, and all else goes on
+_HARDENING = 30.0  # factor by which their scores count more until then
 _TINY = 1e-12
 
 
@@ -136,7 +139,7 @@ class _Turn:
         size = space.size - self.centred
         self.parameter = torch.zeros(*outer, size, size, device=device, requires_grad=True)
 
-    def map(self, parameter: torch.Tensor) -> Map:
+    def map(self, parameter: torch.Tensor, hardness: float) -> Map:
         """Return the transport at a value of the parameter, in its precision."""
         skew = parameter - parameter.mT
         eye = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
@@ -149,7 +152,7 @@ class _Turn:
 
     def final(self, parameter: torch.Tensor) -> Map:
         """Return the transport to keep."""
-        return self.map(parameter.double())
+        return self.map(parameter.double(), 1.0)
 
 
 class _Invertible:
@@ -160,7 +163,7 @@ class _Invertible:
         outer = [plan.scope_size(name) for name in space.scope]
         self.parameter = torch.zeros(*outer, space.size, space.size, device=device, requires_grad=True)
 
-    def map(self, parameter: torch.Tensor) -> Map:
+    def map(self, parameter: torch.Tensor, hardness: float) -> Map:
         """Return the transport at a value of the parameter, in its precision."""
         count = len(self.space.scope)
         itself, inverse = torch.matrix_exp(parameter), torch.matrix_exp(-parameter).mT
@@ -168,32 +171,7 @@ class _Invertible:
 
     def final(self, parameter: torch.Tensor) -> Map:
         """Return the transport to keep."""
-        return self.map(parameter.double())
-
-
-class _Swap:
-    """A permutation per unit of the outer spaces: the assignment of largest total score."""
-
-    def __init__(self, plan: Plan, space: Space, device: torch.device, margin: float) -> None:
-        self.space = space
-        outer = [plan.scope_size(name) for name in space.scope]
-        scores = margin * torch.eye(space.size, device=device)
-        self.parameter = scores.expand(*outer, -1, -1).clone().requires_grad_()
-
-    def _index(self, parameter: torch.Tensor) -> torch.Tensor:
-        index, _ = assign(-parameter.detach().reshape(-1, *parameter.shape[-2:]).cpu())
-        return index.reshape(parameter.shape[:-1])
-
-    def map(self, parameter: torch.Tensor) -> Map:
-        """Return the transport; its gradient is taken as that of the scores."""
-        index = self._index(parameter).to(parameter.device)
-        hard = functional.one_hot(index, parameter.shape[-1]).to(parameter.dtype)
-        coupled = apart(hard + (parameter - parameter.detach()), len(self.space.scope))
-        return SoftMap(self.space.scope, coupled, coupled)
-
-    def final(self, parameter: torch.Tensor) -> Map:
-        """Return the transport to keep."""
-        return HardMap(self.space.scope, self._index(parameter))
+        return self.map(parameter.double(), 1.0)
 
 
 class _Blend:
@@ -207,18 +185,40 @@ class _Blend:
         odds = _KEPT / (1 - _KEPT) * (space.size - 1)
         self.sharpness = math.log(odds) / margin
 
-    def map(self, parameter: torch.Tensor) -> Map:
+    def map(self, parameter: torch.Tensor, hardness: float) -> Map:
         """Return the transport at a value of the parameter, in its precision."""
-        logs = parameter * self.sharpness
+        return self._blended(parameter, self.sharpness)
+
+    def _blended(self, parameter: torch.Tensor, sharpness: float) -> Map:
+        logs = parameter * sharpness
         for _ in range(_TURNS):
             logs = logs - logs.logsumexp(-2, keepdim=True)
             logs = logs - logs.logsumexp(-1, keepdim=True)
-        coupled = apart(logs.exp(), len(self.space.scope))
-        return SoftMap(self.space.scope, coupled, coupled)
+        write, count = logs.exp(), len(self.space.scope)
+        read = write / write.sum(-2, keepdim=True)
+        return SoftMap(self.space.scope, apart(write, count), apart(read, count))
 
     def final(self, parameter: torch.Tensor) -> Map:
         """Return the transport to keep."""
-        return self.map(parameter.double())
+        return self.map(parameter.double(), 1.0)
+
+
+class _Swap(_Blend):
+    """A permutation per unit of the outer spaces: a soft coupling that hardens while it is learned.
+
+    Afterwards it is the assignment of largest total score, and the scores rest.
+    """
+
+    def map(self, parameter: torch.Tensor, hardness: float) -> Map:
+        """Return the transport; of a hardness below one soft, in the parameter's precision."""
+        if hardness >= 1:
+            return self.final(parameter)
+        return self._blended(parameter, self.sharpness * _HARDENING**hardness)
+
+    def final(self, parameter: torch.Tensor) -> Map:
+        """Return the transport to keep."""
+        index, _ = assign(-parameter.detach().reshape(-1, *parameter.shape[-2:]).cpu())
+        return HardMap(self.space.scope, index.reshape(parameter.shape[:-1]).to(parameter.device))
 
 
 _Element = _Turn | _Invertible | _Swap | _Blend
@@ -329,6 +329,10 @@ class _Learner:
             if index != target
         }
         self.parameters = [element.parameter for elements in self.elements.values() for element in elements]
+        kinds = {type(item) for items in self.elements.values() for item in items}
+        # Where there are only permutations, nothing is left to learn once they are hard.
+        part = 0.0 if _Swap not in kinds else _HARD if len(kinds) > 1 else 1.0
+        self.settled = part * self.options.steps
         self.held_out = max(len(self.lessons.batches) // _HELD_OUT, 1)
 
     def _soft(self, space: Space) -> bool:
@@ -361,7 +365,7 @@ class _Learner:
             [
                 {
                     "params": [element.parameter],
-                    "lr": options.rate * (_SCORES if isinstance(element, (_Swap, _Blend)) else 1.0),
+                    "lr": options.rate * (_SCORES if isinstance(element, _Blend) else 1.0),
                 }
                 for elements in self.elements.values()
                 for element in elements
@@ -382,7 +386,7 @@ class _Learner:
             decay = min((memory.step + 1) / _WARM_UP, 0.5 + 0.5 * math.cos(math.pi * memory.step / steps))
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * decay
-            loss = self._loss(position, inputs, self._shares(memory.step))
+            loss = self._loss(position, inputs, memory.step)
             if not torch.isfinite(loss):  # steps were too large: the best so far is kept
                 break
             optimizer.zero_grad()
@@ -392,7 +396,8 @@ class _Learner:
             self.progress("refine", memory.step, steps)
             if memory.step % interval == 0 or memory.step == steps:
                 distance = self._judge()
-                memory.stale += 1
+                if memory.step >= self.settled:  # before, what is judged is not what is learned
+                    memory.stale += 1
                 if distance < memory.least:
                     memory.best, memory.least, memory.stale = self._snapshot(), distance, 0
                 memory.save()
@@ -415,11 +420,11 @@ class _Learner:
             for weight, share in zip(self.weights, (drawn / drawn.sum()).tolist(), strict=True)
         ]
 
-    def _merged(self, shares: Sequence[float]) -> dict[str, torch.Tensor]:
+    def _merged(self, shares: Sequence[float], hardness: float = 1.0) -> dict[str, torch.Tensor]:
         states = []
         for index, state in enumerate(self.aligned):
             if index != self.target:
-                maps = {item.space.name: item.map(item.parameter) for item in self.elements[index]}
+                maps = {item.space.name: item.map(item.parameter, hardness) for item in self.elements[index]}
                 state = act(self.plan, maps, state)
             states.append(state)
         merged = {}
@@ -439,8 +444,10 @@ class _Learner:
         args, kwargs = inputs
         return self.program.run([state], args, kwargs, override=override, gradients=gradients)[0]
 
-    def _loss(self, position: int, inputs: Any, shares: Sequence[float]) -> torch.Tensor:
-        return self.lessons.loss(position, inputs, self._outputs(self._merged(shares), inputs))
+    def _loss(self, position: int, inputs: Any, step: int) -> torch.Tensor:
+        hardness = min(step / self.settled, 1.0) if self.settled else 1.0
+        merged = self._merged(self._shares(step), hardness)
+        return self.lessons.loss(position, inputs, self._outputs(merged, inputs))
 
     def _judge(self) -> float:
         """Return the distance of the wanted average on what is not learned from."""
