@@ -97,6 +97,7 @@ class Repair(_Words):
 
     norms = "norms"
     units = "units"
+    layers = "layers"
     none = "none"
 
 
@@ -350,7 +351,7 @@ def fuse(
     ] = None,
     repair: Annotated[
         Repair | None,
-        typer.Option("--repair", help="Correct batch norms, or every unit's mean and deviation, too."),
+        typer.Option("--repair", help="Correct batch norms; also every unit; or fit layers."),
     ] = None,
     method: Annotated[
         Method | None,

@@ -14,7 +14,7 @@ class Method:
     Attributes
     ----------
     symmetry : {"none", "permutation", "largest"}
-    repair : {"norms", "units", "none"}
+    repair : {"norms", "units", "layers", "none"}
     refinement : Refinement or None
     """
 
@@ -25,7 +25,8 @@ class Method:
     def __str__(self) -> str:
         name = {"none": "vanilla", "permutation": "permutation", "largest": "orthogonal"}[self.symmetry]
         name = name if self.refinement is None else "learned"
-        return f"{name}, units repaired" if self.repair == "units" else name
+        told = {"units": ", units repaired", "layers": ", layers fitted"}
+        return name + told.get(self.repair, "")
 
 
 METHODS: dict[str, Method] = {

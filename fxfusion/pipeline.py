@@ -349,10 +349,12 @@ def fuse(
         unchanged. Residual streams may often turn as a whole, once norm weights are in what reads them,
         dimensions of heads take any invertible map, units before a ReLU a positive factor. By default the
         largest where hard couplings are solved from activations, permutations elsewhere.
-    repair : {"norms", "units", "none"}
+    repair : {"norms", "units", "layers", "none"}
         What calibration data correct after averaging: statistics of batch normalisations; or also, of
-        layers with a bias, mean and deviation of every unit; or nothing. By default units where neither
-        symmetry nor repair nor method is given and hard couplings are solved from activations.
+        layers with a bias, mean and deviation of every unit; or layers as a whole, fitted one after the
+        other to what the aligned parents' layers give on average (least squares); or nothing. By default
+        units where neither symmetry nor repair nor method is given and hard couplings are solved from
+        activations.
     refine : Refinement or int, optional
         Learn further transports, within the symmetry, by which the average says what the parents say on
         unlabelled calibration data: so many steps of gradient descent, a batch each. The better, the more
@@ -735,7 +737,7 @@ def _as_equals(job: _Job, settings: Settings) -> _Job:
     Transports of larger groups are square, and units are repaired one by one: only what goes without both
     fuses parents of other widths as they are. What is learned is learned from the parents as they came.
     """
-    if job.equal or (settings.symmetry != "largest" and settings.repair != "units"):
+    if job.equal or (settings.symmetry != "largest" and settings.repair not in ("units", "layers")):
         return job
     based = _based(job, settings.by(Method("permutation")))
     parents = []
@@ -809,7 +811,8 @@ def _merged(job: _Job, aligned: FusionState, shares: Sequence[float]) -> FusionS
     state = job.begin(aligned)
     repair = state.method.repair
     job.run(Merge(shares))
-    job.run(Repair(None if repair == "none" else job.batches, job.settings.progress, repair == "units"))
+    batches = None if repair == "none" else job.batches
+    job.run(Repair(batches, job.settings.progress, repair == "units", repair == "layers"))
     return state
 
 

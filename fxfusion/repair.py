@@ -34,7 +34,7 @@ _ROUNDING = 1e-4  # relative to a standard deviation or variance
 
 
 @dataclasses.dataclass(eq=False)
-class _Moments:
+class Channels:
     """Mean and second central moment per channel, streamed."""
 
     count: int = 0
@@ -103,18 +103,18 @@ def corrected_statistics(
     dict of str to torch.Tensor
         By name of the buffer; empty for a network without batch normalisation.
     """
-    corrected: dict[str, torch.Tensor] = {}
+    found: dict[str, torch.Tensor] = {}
     norms = batch_norms(capture)
     if not norms:
-        return corrected
+        return found
     # A layer's input depends on the statistics before it, so that layers settle in graph order; all
     # layers are measured in one run, each batch normalised by the statistics that it corrects itself.
     sources = [*parents, Source(capture, merged)]
-    seen = {(name, side): _Moments() for name in norms for side in range(len(sources))}
+    seen = {(name, side): Channels() for name in norms for side in range(len(sources))}
 
     def corrections(name: str, args: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        found = [_carried(seen[name, side], source.carry, norms[name]) for side, source in enumerate(sources)]
-        return _corrected(found[-1], found[:-1], weights, *args)
+        sides = [_carried(seen[name, side], source.carry, norms[name]) for side, source in enumerate(sources)]
+        return corrected(sides[-1], sides[:-1], weights, *args)
 
     def measuring(sides: Sequence[int]) -> Callable[[fx.Node, int, tuple[Any, ...]], Any]:
         def override(node: fx.Node, index: int, args: tuple[Any, ...]) -> Any:
@@ -139,8 +139,8 @@ def corrected_statistics(
         )
         progress("repair", done, len(batches))
     for name, buffers in norms.items():
-        corrected.update(zip(buffers, corrections(name, [merged[buffer] for buffer in buffers]), strict=True))
-    return corrected
+        found.update(zip(buffers, corrections(name, [merged[buffer] for buffer in buffers]), strict=True))
+    return found
 
 
 def batch_norms(capture: Capture) -> dict[str, tuple[str, str]]:
@@ -176,7 +176,7 @@ def measured_norms(
     list of dict
         One per network.
     """
-    seen = {(name, side): _Moments() for name in norms for side in range(len(states))}
+    seen = {(name, side): Channels() for name in norms for side in range(len(states))}
 
     def override(node: fx.Node, index: int, args: tuple[Any, ...]) -> Any:
         if node.name in norms:
@@ -198,7 +198,7 @@ def measured_norms(
 
 
 def _carried(
-    moments: _Moments,
+    moments: Channels,
     carry: Callable[[str, torch.Tensor], torch.Tensor] | None,
     names: Sequence[str],
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -210,14 +210,26 @@ def _carried(
     return (mean, variance) if carry is None else (carry(names[0], mean), carry(names[1], variance))
 
 
-def _corrected(
+def corrected(
     own: tuple[torch.Tensor, torch.Tensor],
     parents: Sequence[tuple[torch.Tensor, torch.Tensor]],
     weights: Sequence[float],
     mean: torch.Tensor,
     variance: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Correct a stored mean and variance by how the merged network's differ from the parents'."""
+    """Correct a stored mean and variance by how the merged network's differ from the parents'.
+
+    Parameters
+    ----------
+    own : tuple of torch.Tensor
+        Mean and variance of the merged network's channels.
+    parents : sequence of tuple of torch.Tensor
+        Those of the parents' channels.
+    weights : sequence of float
+        Their shares.
+    mean, variance : torch.Tensor
+        What is stored.
+    """
     shares = torch.tensor(weights, dtype=torch.float64, device=own[0].device)
     expected_mean = shares @ torch.stack([item[0] for item in parents])
     expected = shares @ torch.stack([item[1] for item in parents])
@@ -247,13 +259,19 @@ class _Layer:
         return not operator_name(self.node.target).startswith("conv")
 
 
-def _layers(capture: Capture) -> list[_Layer]:
-    """Return the layers of which nothing else uses weight and bias."""
-    uses: dict[str, list[fx.Node]] = {}
+def uses(capture: Capture) -> dict[str, list[fx.Node]]:
+    """Return the nodes that use every stored tensor, by the name that the graph uses."""
+    found: dict[str, list[fx.Node]] = {}
     for node in capture.module.graph.nodes:
         if node.op == "get_attr":
             name = capture.aliases.get(str(node.target), str(node.target))
-            uses.setdefault(name, []).extend(node.users)
+            found.setdefault(name, []).extend(node.users)
+    return found
+
+
+def _layers(capture: Capture) -> list[_Layer]:
+    """Return the layers of which nothing else uses weight and bias."""
+    readers = uses(capture)
     tied = set(capture.aliases.values())
     found = []
     for node in capture.module.graph.nodes:
@@ -267,7 +285,7 @@ def _layers(capture: Capture) -> list[_Layer]:
             if isinstance(item, fx.Node) and item.op == "get_attr"
         ]
         alone = all(
-            name in capture.parameters and name not in tied and uses[name] == [node] for name in names
+            name in capture.parameters and name not in tied and readers[name] == [node] for name in names
         )
         if len(names) == 2 and alone and len(capture.parameters[names[1]]) == 1:
             found.append(_Layer(node, names[0], names[1], axis))
@@ -307,14 +325,14 @@ def rescaled_units(
     layers = {layer.node.name: layer for layer in _layers(capture)}
     program = Program(capture)
     shares = torch.tensor(weights, dtype=torch.float64, device=program.device)
-    seen = {(name, side): _Moments() for name in layers for side in range(len(parents) + 1)}
+    seen = {(name, side): Channels() for name in layers for side in range(len(parents) + 1)}
 
     def change(name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Return by what a layer's units are multiplied, and what is added then."""
-        found = [seen[name, side] for side in range(len(parents) + 1)]
+        sides = [seen[name, side] for side in range(len(parents) + 1)]
         means, deviations = (
             torch.stack(items)
-            for items in ([item.mean for item in found], [item.variance.sqrt() for item in found])
+            for items in ([item.mean for item in sides], [item.variance.sqrt() for item in sides])
         )
         expected, own = shares @ deviations[:-1], deviations[-1]
         scale = torch.where(own > _ROUNDING * expected, expected / own.clamp_min(_TINY), 1.0)
@@ -339,12 +357,12 @@ def rescaled_units(
     for done, (args, kwargs) in enumerate(batches, start=1):
         program.run([*parents, merged], args, kwargs, override=override)
         progress("repair", done, len(batches))
-    corrected: dict[str, torch.Tensor] = {}
+    found: dict[str, torch.Tensor] = {}
     for name, layer in layers.items():
         scale, shift = change(name)
         weight, bias = merged[layer.weight], merged[layer.bias]
         shape = [1] * weight.ndim
         shape[layer.axis] = -1
-        corrected[layer.weight] = (weight.double() * scale.reshape(shape)).to(weight.dtype)
-        corrected[layer.bias] = (bias.double() * scale + shift).to(bias.dtype)
-    return corrected
+        found[layer.weight] = (weight.double() * scale.reshape(shape)).to(weight.dtype)
+        found[layer.bias] = (bias.double() * scale + shift).to(bias.dtype)
+    return found

@@ -19,7 +19,7 @@ COUPLINGS = ("hard", "soft", "widening")
 LAYERS = ("keep", "drop")
 MATCHINGS = ("outputs", "representations")
 SYMMETRIES = ("none", "permutation", "largest")
-REPAIRS = ("norms", "units", "none")
+REPAIRS = ("norms", "units", "layers", "none")
 AUTO = "auto"
 SOFT_REGULARISATION = 0.005
 
@@ -40,7 +40,7 @@ class Settings:
     layer_matching : {"outputs", "representations"}
     observed : Observe
     symmetry : {"none", "permutation", "largest"}
-    repair : {"norms", "units", "none"}
+    repair : {"norms", "units", "layers", "none"}
     refinement : Refinement or None
     auto : bool
         Whether symmetry and repair are chosen by calibration data.
@@ -115,9 +115,9 @@ class Settings:
         chosen = _method(method, symmetry, repair, refinement, plain)
         defaulted = method is None and symmetry is None
         fallback = Method("permutation", repair or "norms", chosen.refinement) if defaulted else None
-        if chosen.repair == "units" and not calibrated:
+        if chosen.repair in ("units", "layers") and not calibrated:
             raise CalibrationRequiredError(
-                'repair="units" measures activations: give calibration data, or repair="none"'
+                f'repair="{chosen.repair}" measures activations: give calibration data, or repair="none"'
             )
         if chosen.refinement is not None and not calibrated:
             raise CalibrationRequiredError("transports are learned from calibration data: give some")

@@ -8,7 +8,8 @@ corrected by the measured difference::
     variance = variance_stored * variance_merged / variance_parents
 
 so that sampling noise, which both sides share, cancels: identical parents keep their statistics exactly.
-Of layers with a bias, every unit can be brought to the parents' average mean and deviation, too.
+Of layers with a bias, every unit can be brought to the parents' average mean and deviation, too; or layers
+can be fitted to what the parents' layers give on average (:mod:`fxfusion.regression`).
 After Jordan, Sedghi, Saukh, Entezari and Neyshabur, REPAIR, ICLR 2023.
 """
 
@@ -25,6 +26,7 @@ from fxfusion.errors import OptionError
 from fxfusion.passes.base import FusionPass
 from fxfusion.passes.merge import write
 from fxfusion.progress import Progress, silent
+from fxfusion.regression import fitted_layers
 from fxfusion.repair import Source, corrected_statistics, rescaled_units
 from fxfusion.state import FusionState, state_of
 from fxfusion.symmetry import act
@@ -42,23 +44,35 @@ class Repair(FusionPass):
     progress : callable, optional
     units : bool
         Whether layers with a bias are corrected, too, not batch normalisations alone.
+    layers : bool
+        Whether layers are fitted to the parents, with batch normalisations between them, in place of both.
     """
 
     batches: Batches | None = None
     progress: Progress = silent
     units: bool = False
+    layers: bool = False
 
     def requires(self, graph_module: GraphModule) -> None:
-        """The parents are merged, and of equal widths if units are to be corrected."""
+        """The parents are merged, and of equal widths if units or layers are to be corrected."""
         state = state_of(graph_module, "merged", "Merge")
-        if self.units and any(parent.capture is not state.capture for parent in state.parents):
-            raise OptionError('repair="units" is for parents of equal widths: leave it out')
+        alike = all(parent.capture is state.capture for parent in state.parents)
+        if (self.units or self.layers) and not alike:
+            name = "units" if self.units else "layers"
+            raise OptionError(f'repair="{name}" is for parents of equal widths: leave it out')
 
     def call(self, graph_module: GraphModule) -> PassResult:
         """Run the pass; statistics buffers, weights and biases are replaced."""
         state = state_of(graph_module)
         if self.batches is None:
             return PassResult(graph_module, False)
+        if self.layers:
+            fitted = fitted_layers(
+                state.capture, state.merged, state.aligned, state.weights, self.batches, self.progress
+            )
+            state.merged.update(fitted)
+            write(graph_module, fitted, state.capture.aliases)
+            return PassResult(graph_module, bool(fitted))
         sources = [self._source(state, index) for index in range(len(state.parents))]
         corrected = corrected_statistics(
             state.capture, state.merged, sources, state.weights, self.batches, self.progress

@@ -1,0 +1,341 @@
+"""Layers of a merged network, fitted to its parents by least squares, one after the other.
+
+Aligned parents and the merged network run side by side on calibration data. Where a layer ``W x + b`` of the
+merged network gets ``x``, and the aligned parents' layers give ``t`` on average, what is missing is regressed
+on ``x``::
+
+    min over D, d of  E |t - (W + D) x - b - d|^2  +  ridge * (tr C / n) |D|^2,     C = cov(x)
+    D = cov(t - W x, x) (C + ridge * (tr C / n) I)^-1
+
+so that the less the data say, the more stays as it was merged. The next layer is fitted on what the fitted
+ones before it give. It needs no labels and no gradients, and keeps the class. Regressions to a mean are those
+of model merging, as in Jin et al., RegMean, ICLR 2023; here the inputs are the merged network's own, and so
+are those of Nasery et al., PLeaS, CVPR 2025.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch.nn import functional
+
+from fxfusion.calibration import Batches
+from fxfusion.capture import Capture
+from fxfusion.execution import Live, Program
+from fxfusion.progress import Progress, silent
+from fxfusion.repair import LAYERS, Channels, batch_norms, corrected, uses
+from fxfusion.rules.registry import operator_name
+from fxfusion.staging import Shelf
+from fxfusion.statistics import CrossMoments
+
+RIDGE = 0.001  # of the mean variance of a layer's inputs
+MEMORY = 2**30  # bytes of activations between two layers; the rest waits in files
+_ROUNDING = 1e-4  # relative to the deviation of what a layer gives
+_TINY = 1e-30
+VIEWS = ("view", "reshape", "_unsafe_view", "clone", "contiguous", "unflatten")
+
+State = Mapping[str, torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Layer:
+    """A layer that is fitted.
+
+    Attributes
+    ----------
+    node : Node
+    place : int
+        Of what it is applied to, among its arguments.
+    weight : str
+    bias : str or None
+    skip : Node or None
+        What its output is added to and nothing else: then the sum is fitted, so that the layer makes up, as
+        far as it can, for what the skip lacks.
+    """
+
+    node: fx.Node
+    place: int
+    weight: str
+    bias: str | None
+    skip: fx.Node | None
+
+    def features(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Return the numbers that units are linear in: ``[groups, numbers, samples]``."""
+        if not _convolves(self.node):
+            return x.flatten(0, -2).mT[None]
+        stride, padding, dilation, groups = _settings(self.node, weight.ndim - 2)
+        kernel = tuple(weight.shape[2:])
+        if len(kernel) == 1:  # unfolding is of images
+            x, kernel = x.unsqueeze(2), (1, *kernel)
+            stride, padding, dilation = (1, *stride), (0, *padding), (1, *dilation)
+        patches = functional.unfold(x, kernel, dilation, padding, stride)
+        return patches.unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(2)
+
+    def units(self, y: torch.Tensor) -> torch.Tensor:
+        """Return what units give: ``[groups, units, samples]``."""
+        if not _convolves(self.node):
+            return y.flatten(0, -2).mT[None]
+        groups = int(self.node.args[6]) if len(self.node.args) > 6 else 1  # type: ignore[arg-type]
+        return y.flatten(2).unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(2)
+
+    def changed(
+        self, state: State, slope: torch.Tensor, shift: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """Return weight and bias with ``slope`` ``[groups, units, numbers]`` and ``shift`` added."""
+        weight = state[self.weight]
+        transposed = operator_name(self.node.target) == "addmm"
+        added = slope[0].mT if transposed else slope.flatten(0, 1).reshape(weight.shape)
+        found = {self.weight: (weight.double() + added).to(weight.dtype)}
+        if self.bias is not None and shift is not None:
+            bias = state[self.bias]
+            found[self.bias] = (bias.double() + shift.flatten()).to(bias.dtype)
+        return found
+
+
+def _convolves(node: fx.Node) -> bool:
+    return operator_name(node.target).startswith("conv")
+
+
+def _settings(node: fx.Node, axes: int) -> tuple[Any, ...]:
+    """Return stride, padding, dilation and groups of a convolution."""
+    given = [*node.args[3:7], *[1, 0, 1, 1][max(len(node.args) - 3, 0) :]]
+    pairs = [tuple(item) if isinstance(item, (list, tuple)) else (item,) for item in given[:3]]
+    return (*(item * axes if len(item) == 1 else item for item in pairs), given[3])
+
+
+def _layers(capture: Capture) -> dict[str, _Layer]:
+    """Return the linear layers and convolutions whose weight nothing else uses, by name of their node."""
+    readers = uses(capture)
+    tied = set(capture.aliases.values())
+    found = {}
+    for node in capture.module.graph.nodes:
+        operator = operator_name(node.target) if node.op == "call_function" else ""
+        if operator not in LAYERS or operator == "conv3d" or node.kwargs:
+            continue
+        place = int(operator == "addmm")
+        weight, bias = (
+            _name(capture, node.args[position] if len(node.args) > position else None)
+            for position in LAYERS[operator][:2]
+        )
+        own = [name for name in (weight, bias) if name is not None]
+        alone = all(
+            readers.get(name) == [node] and name not in tied and name in capture.parameters for name in own
+        )
+        padded = any(isinstance(item, str) for item in node.args)  # by name, which depends on sizes
+        flat = bias is None or len(capture.parameters[bias]) == 1
+        if weight is not None and alone and flat and not padded:
+            found[node.name] = _Layer(node, place, weight, bias, _skip(node))
+    return found
+
+
+def _skip(node: fx.Node) -> fx.Node | None:
+    """Return what a node's output is added to, if that is known before and the output has no other use."""
+    output = node
+    while len(output.users) == 1:
+        (user,) = output.users
+        operator = operator_name(user.target) if user.op == "call_function" else ""
+        if operator in VIEWS and user.args[0] is output:
+            output = user
+        elif operator == "add" and not user.kwargs:
+            (other,) = (item for item in user.args if item is not output) if len(user.args) == 2 else (None,)
+            known = isinstance(other, fx.Node) and other.op != "get_attr" and other < node
+            return other if known and _sized_alike(other, output) else None
+        else:
+            return None
+    return None
+
+
+def _sized_alike(left: fx.Node, right: fx.Node) -> bool:
+    values = left.meta.get("val"), right.meta.get("val")
+    return all(isinstance(value, torch.Tensor) for value in values) and values[0].shape == values[1].shape
+
+
+def _name(capture: Capture, item: Any) -> str | None:
+    """Return the name of a stored tensor, nothing for none; what is computed has a name that nothing has."""
+    if item is None:
+        return None
+    stored = isinstance(item, fx.Node) and item.op == "get_attr"
+    return capture.aliases.get(str(item.target), str(item.target)) if stored else ""
+
+
+class _Fit:
+    """A layer's regression, batch by batch."""
+
+    def __init__(self, layer: _Layer, state: State, weights: Sequence[float]) -> None:
+        self.layer, self.state, self.weights = layer, state, weights
+        self.place = layer.place
+        self.moments: CrossMoments | None = None
+        self.expected = Channels()
+        self.outputs: list[torch.Tensor] = []  # of the parents, for the batch at hand
+
+    def see(self, x: torch.Tensor, output: torch.Tensor, known: Mapping[fx.Node, Any]) -> None:
+        """Add the layer's input and output in the next network: the parents, then the merged one."""
+        if self.layer.skip is not None:
+            output = output + known[self.layer.skip].reshape(output.shape)
+        if len(self.outputs) < len(self.weights):
+            self.outputs.append(output)
+            return
+        expected = torch.zeros_like(output)
+        for share, found in zip(self.weights, self.outputs, strict=True):
+            expected += share * found
+        self.outputs.clear()
+        features = _wide(self.layer.features(x, self.state[self.layer.weight]))
+        missing = _wide(self.layer.units(expected - output))
+        if self.moments is None:
+            sizes = len(features), features.shape[1], missing.shape[1]
+            self.moments = CrossMoments(*sizes, own=True, device=features.device)
+        self.moments.update(features, missing)
+        self.expected.update(self.layer.units(expected).flatten(0, 1).mT)
+
+    def solve(self) -> dict[str, torch.Tensor]:
+        """Return the layer's new weight and bias; nothing where rounding is all that is missing."""
+        moments, bias = self.moments, self.layer.bias
+        assert moments is not None
+        assert moments.own is not None
+        error = moments.square_source / moments.count + moments.mean_source.square()
+        deviation = self.expected.variance.reshape(error.shape).sqrt()
+        if bool((error.sqrt() <= _ROUNDING * deviation).all()):
+            return {}
+        inner, cross = moments.own, moments.cross
+        if bias is None:  # moments about zero, then
+            mean = moments.mean_target.unsqueeze(-1)
+            inner = inner + moments.count * mean @ mean.mT
+            cross = cross + moments.count * mean @ moments.mean_source.unsqueeze(-2)
+        spread = torch.diagonal(inner, dim1=-2, dim2=-1).mean(-1)[:, None, None]
+        eye = torch.eye(inner.shape[-1], dtype=inner.dtype, device=inner.device)
+        slope = torch.linalg.solve(inner + (RIDGE * spread).clamp_min(_TINY) * eye, cross).mT
+        shift = None
+        if bias is not None:
+            shift = moments.mean_source - (slope @ moments.mean_target.unsqueeze(-1))[..., 0]
+        return self.layer.changed(self.state, slope, shift)
+
+
+class _Norm:
+    """Statistics of a batch normalisation, batch by batch."""
+
+    place = 0
+
+    def __init__(self, names: tuple[str, str], state: State, weights: Sequence[float]) -> None:
+        self.names, self.state, self.weights = names, state, weights
+        self.sides = [Channels() for _ in range(len(weights) + 1)]
+        self.next = 0
+
+    def see(self, x: torch.Tensor, output: torch.Tensor, known: Mapping[fx.Node, Any]) -> None:
+        """Add the input in the next network: the parents, then the merged one."""
+        self.sides[self.next].update(x)
+        self.next = (self.next + 1) % len(self.sides)
+
+    def solve(self) -> dict[str, torch.Tensor]:
+        """Return the corrected mean and variance."""
+        *parents, own = [(side.mean, side.variance) for side in self.sides]
+        stored = (self.state[name] for name in self.names)
+        return dict(zip(self.names, corrected(own, parents, self.weights, *stored), strict=True))
+
+
+_Override = Callable[[fx.Node, int, tuple[Any, ...]], Any]
+
+
+def _watching(node: fx.Node, stop: _Fit | _Norm, live: Live) -> _Override:
+    """Return what shows a stop its node; in the merged network the input stands for the output until then."""
+
+    def override(at: fx.Node, side: int, args: tuple[Any, ...]) -> Any:
+        if at is not node:
+            return None
+        value = at.target(*args)  # type: ignore[operator]
+        stop.see(args[stop.place], value, live.own[side])
+        return args[stop.place] if side == len(live.own) - 1 else value
+
+    return override
+
+
+def _applied(node: fx.Node, place: int, x: torch.Tensor, capture: Capture, state: State) -> Any:
+    """Return what a node gives for an input, by the weights of a state."""
+
+    def look_up(item: fx.Node) -> Any:
+        return state[capture.aliases.get(str(item.target), str(item.target))]
+
+    args = [x if number == place else fx.map_arg(arg, look_up) for number, arg in enumerate(node.args)]
+    return node.target(*args)  # type: ignore[operator]
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype is torch.float64 else x.float()
+
+
+def fitted_layers(
+    capture: Capture,
+    merged: State,
+    parents: Sequence[State],
+    weights: Sequence[float],
+    batches: Batches,
+    progress: Progress = silent,
+    memory: int = MEMORY,
+) -> dict[str, torch.Tensor]:
+    """Return weights and biases by which layers give what the aligned parents' layers give on average.
+
+    Batch normalisations between them get the statistics that :mod:`fxfusion.repair` gives them. Layers whose
+    weight or bias is used elsewhere, too, and convolutions over volumes stay as they are merged.
+
+    Parameters
+    ----------
+    capture : Capture
+    merged : mapping of str to torch.Tensor
+        The fused weights.
+    parents : sequence of mapping
+        The parents' weights in the target's basis.
+    weights : sequence of float
+        Their shares.
+    batches : Batches
+        Calibration data. All of it waits between two layers, in memory as far as it goes.
+    progress : callable, optional
+    memory : int
+        Bytes of it; the rest waits in temporary files.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        By name of the parameter or buffer; empty for a network without layers.
+    """
+    program, layers, norms = Program(capture), _layers(capture), batch_norms(capture)
+    nodes, last = program.nodes, len(parents)
+    places = [place for place, node in enumerate(nodes) if node.name in layers or node.name in norms]
+    changed: dict[str, torch.Tensor] = {}
+    state = dict(merged)
+    states: list[State] = [*parents, state]
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        shelf = Shelf(Path(folder), memory)
+        count = 0
+        for args, kwargs in batches:
+            shelf.put(count, [program.start(args, kwargs, len(states))])
+            count += 1
+        begun = 0
+        for number, place in enumerate(places, start=1):
+            node = nodes[place]
+            stop: _Fit | _Norm
+            if node.name in layers:
+                stop = _Fit(layers[node.name], state, weights)
+            else:
+                stop = _Norm(norms[node.name], state, weights)
+            for batch in range(count):
+                (live,) = shelf.take(batch)
+                for _ in program.advance(live, nodes[begun : place + 1], states, _watching(node, stop, live)):
+                    pass
+                shelf.put(batch, [live])
+            found = stop.solve()
+            state.update(found)
+            changed |= found
+            for batch in range(count):
+                (live,) = shelf.take(batch)
+                if node in live.own[last]:
+                    x = live.own[last][node]
+                    live.own[last][node] = _applied(node, stop.place, x, capture, state)
+                shelf.put(batch, [live])
+            begun = place + 1
+            progress("repair", number, len(places))
+    return changed
