@@ -142,18 +142,20 @@ def _skip(node: fx.Node) -> fx.Node | None:
         operator = operator_name(user.target) if user.op == "call_function" else ""
         if operator in VIEWS and user.args[0] is output:
             output = user
-        elif operator == "add" and not user.kwargs:
-            (other,) = (item for item in user.args if item is not output) if len(user.args) == 2 else (None,)
+        elif operator == "add" and len(user.args) == 2 and not user.kwargs:
+            left, right = user.args
+            other = right if left is output else left
             known = isinstance(other, fx.Node) and other.op != "get_attr" and other < node
-            return other if known and _sized_alike(other, output) else None
+            return other if known and _sized_alike(other, output) else None  # type: ignore[return-value]
         else:
             return None
     return None
 
 
-def _sized_alike(left: fx.Node, right: fx.Node) -> bool:
-    values = left.meta.get("val"), right.meta.get("val")
-    return all(isinstance(value, torch.Tensor) for value in values) and values[0].shape == values[1].shape
+def _sized_alike(left: Any, right: fx.Node) -> bool:
+    values = [node.meta.get("val") for node in (left, right)]
+    shapes = [value.shape for value in values if isinstance(value, torch.Tensor)]
+    return len(shapes) == 2 and shapes[0] == shapes[1]
 
 
 def _name(capture: Capture, item: Any) -> str | None:

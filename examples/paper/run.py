@@ -169,6 +169,8 @@ def stages(study: Study) -> Scores:
             ("rotations", {"method": "orthogonal"}),
             ("rotations, units repaired", {"method": "orthogonal", "repair": "units"}),
             ("auto", {"method": "auto"}),
+            ("permutations, layers fitted", {"method": "permutation", "repair": "layers"}),
+            ("rotations, layers fitted", {"method": "orthogonal", "repair": "layers"}),
             ("learned", study.learning),
             *study.learned_otherwise(),
         )
