@@ -76,6 +76,12 @@ class Program:
     double : bool
         Run in float64: casts to a lower precision inside the graph become casts to float64.
 
+    Attributes
+    ----------
+    nodes : list of Node
+    shared : frozenset of Node
+        Those that depend on no parameter.
+
     Examples
     --------
     >>> import torch
@@ -93,11 +99,11 @@ class Program:
         self.nodes = list(capture.module.graph.nodes)
         self.placeholders = [node for node in self.nodes if node.op == "placeholder"]
         self._dead = _last_uses(self.nodes)
-        self._shared = _parameter_free(self.nodes, capture)
+        self.shared = _parameter_free(self.nodes, capture)
         self._constants = {
             node: _attribute(capture.module, str(node.target))
             for node in self.nodes
-            if node.op == "get_attr" and node in self._shared
+            if node.op == "get_attr" and node in self.shared
         }
 
     def run(
@@ -198,7 +204,7 @@ class Program:
             if node.op == "output":
                 outputs: Any = node.args[0]
                 yield node, [[env.look_up(item) for item in outputs] for env in envs]
-            elif node in self._shared:
+            elif node in self.shared:
                 if node.op == "call_function":
                     shared[node] = self._call(node, constant)
             elif node.op != "get_attr":

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,16 @@ RIDGE = 0.001  # of the mean variance of a layer's inputs
 MEMORY = 2**30  # bytes of activations between two layers; the rest waits in files
 _ROUNDING = 1e-4  # relative to the deviation of what a layer gives
 _TINY = 1e-30
+PICKING = (
+    "index",
+    "index_select",
+    "gather",
+    "take_along_dim",
+    "index_put",
+    "scatter",
+    "scatter_add",
+    "index_add",
+)
 VIEWS = ("view", "reshape", "_unsafe_view", "clone", "contiguous", "unflatten")
 
 State = Mapping[str, torch.Tensor]
@@ -68,7 +79,7 @@ class _Layer:
     def features(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Return the numbers that units are linear in: ``[groups, numbers, samples]``."""
         if not _convolves(self.node):
-            return x.flatten(0, -2).mT[None]
+            return x.reshape(-1, x.shape[-1]).mT[None]
         stride, padding, dilation, groups = _settings(self.node, weight.ndim - 2)
         kernel = tuple(weight.shape[2:])
         if len(kernel) == 1:  # unfolding is of images
@@ -80,7 +91,7 @@ class _Layer:
     def units(self, y: torch.Tensor) -> torch.Tensor:
         """Return what units give: ``[groups, units, samples]``."""
         if not _convolves(self.node):
-            return y.flatten(0, -2).mT[None]
+            return y.reshape(-1, y.shape[-1]).mT[None]
         groups = int(self.node.args[6]) if len(self.node.args) > 6 else 1  # type: ignore[arg-type]
         return y.flatten(2).unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(2)
 
@@ -98,6 +109,31 @@ class _Layer:
         return found
 
 
+def _spatial(operator: str) -> int:
+    """Return how many axes an operator's windows have."""
+    return {"conv1d": 1, "conv2d": 2}.get(operator, -2)
+
+
+def _chosen(program: Program) -> set[fx.Node]:
+    """Return the nodes whose samples a network chooses itself, such as tokens for experts.
+
+    There the parents' samples are not the merged network's.
+    """
+    found: set[fx.Node] = set()
+    for node in program.nodes:
+        picks = node.op == "call_function" and operator_name(node.target) in PICKING
+        indices = [item for item in node.all_input_nodes[1:] if item not in program.shared] if picks else []
+        integer = [item for item in indices if not _floating(item)]
+        if integer or any(item in found for item in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _floating(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
 def _convolves(node: fx.Node) -> bool:
     return operator_name(node.target).startswith("conv")
 
@@ -109,14 +145,15 @@ def _settings(node: fx.Node, axes: int) -> tuple[Any, ...]:
     return (*(item * axes if len(item) == 1 else item for item in pairs), given[3])
 
 
-def _layers(capture: Capture) -> dict[str, _Layer]:
+def _layers(capture: Capture, program: Program) -> dict[str, _Layer]:
     """Return the linear layers and convolutions whose weight nothing else uses, by name of their node."""
     readers = uses(capture)
     tied = set(capture.aliases.values())
+    chosen = _chosen(program)
     found = {}
     for node in capture.module.graph.nodes:
         operator = operator_name(node.target) if node.op == "call_function" else ""
-        if operator not in LAYERS or operator == "conv3d" or node.kwargs:
+        if operator not in LAYERS or operator == "conv3d" or node.kwargs or node in chosen:
             continue
         place = int(operator == "addmm")
         weight, bias = (
@@ -129,7 +166,9 @@ def _layers(capture: Capture) -> dict[str, _Layer]:
         )
         padded = any(isinstance(item, str) for item in node.args)  # by name, which depends on sizes
         flat = bias is None or len(capture.parameters[bias]) == 1
-        if weight is not None and alone and flat and not padded:
+        output = node.meta.get("val")
+        single = isinstance(output, torch.Tensor) and output.ndim < _spatial(operator) + 2
+        if weight is not None and alone and flat and not single and not padded:
             found[node.name] = _Layer(node, place, weight, bias, _skip(node))
     return found
 
@@ -215,6 +254,8 @@ class _Fit:
         shift = None
         if bias is not None:
             shift = moments.mean_source - (slope @ moments.mean_target.unsqueeze(-1))[..., 0]
+        if not bool(slope.isfinite().all()):  # activations overflow: nothing is learned from them
+            return {}
         return self.layer.changed(self.state, slope, shift)
 
 
@@ -250,7 +291,7 @@ def _watching(node: fx.Node, stop: _Fit | _Norm, live: Live) -> _Override:
         if at is not node:
             return None
         value = at.target(*args)  # type: ignore[operator]
-        stop.see(args[stop.place], value, live.own[side])
+        stop.see(args[stop.place], value, ChainMap(live.own[side], live.shared))
         return args[stop.place] if side == len(live.own) - 1 else value
 
     return override
@@ -282,7 +323,8 @@ def fitted_layers(
     """Return weights and biases by which layers give what the aligned parents' layers give on average.
 
     Batch normalisations between them get the statistics that :mod:`fxfusion.repair` gives them. Layers whose
-    weight or bias is used elsewhere, too, and convolutions over volumes stay as they are merged.
+    weight or bias is used elsewhere, too, convolutions over volumes, and what gets samples that the network
+    chooses itself (experts) stay as they are merged.
 
     Parameters
     ----------
@@ -304,7 +346,8 @@ def fitted_layers(
     dict of str to torch.Tensor
         By name of the parameter or buffer; empty for a network without layers.
     """
-    program, layers, norms = Program(capture), _layers(capture), batch_norms(capture)
+    program = Program(capture)
+    layers, norms = _layers(capture, program), batch_norms(capture)
     nodes, last = program.nodes, len(parents)
     places = [place for place, node in enumerate(nodes) if node.name in layers or node.name in norms]
     changed: dict[str, torch.Tensor] = {}

@@ -211,6 +211,34 @@ class Shared(nn.Module):
         return self.head(self.own(x).tanh())
 
 
+class Picking(nn.Module):
+    """Half of the tokens, by a score of its own, go through a layer; a first one sees its input as a skip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.score, self.inside = nn.Linear(6, 6), nn.Linear(6, 1), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.first(x)
+        index = self.score(x).squeeze(-1).topk(2, dim=-1).indices
+        picked = x.gather(1, index.unsqueeze(-1).expand(-1, -1, 6))
+        return self.inside(picked)
+
+
+def test_samples_that_a_network_chooses_are_not_compared() -> None:
+    torch.manual_seed(0)
+    *parents, merged = [Picking().eval() for _ in range(3)]
+    found = fitted(parents, merged, [torch.randn(8, 5, 6) for _ in range(3)])
+    assert set(found) == {"first.weight", "first.bias", "score.weight", "score.bias"}
+
+
+def test_activations_that_overflow_teach_nothing() -> None:
+    torch.manual_seed(0)
+    *parents, merged = [nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).eval() for _ in range(3)]
+    parents[0].get_submodule("0").bias.data.fill_(float("inf"))
+    assert not fitted(parents, merged, [torch.randn(8, 3)])
+
+
 def test_what_has_another_use_stays() -> None:
     torch.manual_seed(0)
     *parents, merged = [Shared().eval() for _ in range(3)]
@@ -241,7 +269,7 @@ def test_the_average_comes_closer_to_its_parents(name: str) -> None:
         given = result.module(*seen_args, **seen)
         module = given if isinstance(given, torch.Tensor) else next(iter(pytree.tree_leaves(given)))
         torch.testing.assert_close(module, own, rtol=1e-4, atol=1e-5)
-    assert distances[1] < 0.7 * distances[0]
+    assert distances[1] < 0.9 * distances[0]
 
 
 @pytest.mark.parametrize("sizes", [(12, 8), (8, 12)])
