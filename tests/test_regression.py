@@ -234,8 +234,9 @@ def test_samples_that_a_network_chooses_are_not_compared() -> None:
 
 def test_activations_that_overflow_teach_nothing() -> None:
     torch.manual_seed(0)
-    *parents, merged = [nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).eval() for _ in range(3)]
-    parents[0].get_submodule("0").bias.data.fill_(float("inf"))
+    networks: list[Any] = [nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).eval() for _ in range(3)]
+    *parents, merged = networks
+    parents[0][0].bias.data.fill_(float("inf"))
     assert not fitted(parents, merged, [torch.randn(8, 3)])
 
 
