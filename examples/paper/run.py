@@ -307,6 +307,7 @@ def _unequal(
                 "target parent": target,
                 "fused, hard": fuse(study.task, [parent, target], target),
                 "fused, soft": fuse(study.task, [parent, target], target, coupling="soft"),
+                "fused, layers fitted": fuse(study.task, [parent, target], target, repair="layers"),
                 "fused, learned": fuse(study.task, [parent, target], target, **study.learning),
             }
             study.add(scores, f"{name}: other parent", parent)
