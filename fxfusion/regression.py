@@ -30,7 +30,7 @@ from fxfusion.calibration import Batches
 from fxfusion.capture import Capture
 from fxfusion.execution import Live, Program
 from fxfusion.progress import Progress, silent
-from fxfusion.repair import LAYERS, Channels, batch_norms, corrected, uses
+from fxfusion.repair import Channels, Layer, batch_norms, corrected, layers_of
 from fxfusion.rules.registry import operator_name
 from fxfusion.staging import Shelf
 from fxfusion.statistics import CrossMoments
@@ -55,32 +55,30 @@ State = Mapping[str, torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Layer:
+class _Fitted:
     """A layer that is fitted.
 
     Attributes
     ----------
-    node : Node
-    place : int
-        Of what it is applied to, among its arguments.
-    weight : str
-    bias : str or None
+    layer : Layer
     skip : Node or None
         What its output is added to and nothing else: then the sum is fitted, so that the layer makes up, as
         far as it can, for what the skip lacks.
     """
 
-    node: fx.Node
-    place: int
-    weight: str
-    bias: str | None
+    layer: Layer
     skip: fx.Node | None
+
+    @property
+    def place(self) -> int:
+        """Of what the layer is applied to, among its arguments."""
+        return int(operator_name(self.layer.node.target) == "addmm")
 
     def features(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Return the numbers that units are linear in: ``[groups, numbers, samples]``."""
-        if not _convolves(self.node):
+        if not self.layer.convolves:
             return x.reshape(-1, x.shape[-1]).mT[None]
-        stride, padding, dilation, groups = _settings(self.node, weight.ndim - 2)
+        stride, padding, dilation, groups = _settings(self.layer.node, weight.ndim - 2)
         kernel = tuple(weight.shape[2:])
         if len(kernel) == 1:  # unfolding is of images
             x, kernel = x.unsqueeze(2), (1, *kernel)
@@ -90,28 +88,23 @@ class _Layer:
 
     def units(self, y: torch.Tensor) -> torch.Tensor:
         """Return what units give: ``[groups, units, samples]``."""
-        if not _convolves(self.node):
+        if not self.layer.convolves:
             return y.reshape(-1, y.shape[-1]).mT[None]
-        groups = int(self.node.args[6]) if len(self.node.args) > 6 else 1  # type: ignore[arg-type]
+        *_, groups = _settings(self.layer.node, y.ndim - 2)
         return y.flatten(2).unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(2)
 
     def changed(
         self, state: State, slope: torch.Tensor, shift: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
         """Return weight and bias with ``slope`` ``[groups, units, numbers]`` and ``shift`` added."""
-        weight = state[self.weight]
-        transposed = operator_name(self.node.target) == "addmm"
-        added = slope[0].mT if transposed else slope.flatten(0, 1).reshape(weight.shape)
-        found = {self.weight: (weight.double() + added).to(weight.dtype)}
-        if self.bias is not None and shift is not None:
-            bias = state[self.bias]
-            found[self.bias] = (bias.double() + shift.flatten()).to(bias.dtype)
+        layer = self.layer
+        weight = state[layer.weight]
+        added = slope[0].mT if layer.axis else slope.flatten(0, 1).reshape(weight.shape)
+        found = {layer.weight: (weight.double() + added).to(weight.dtype)}
+        if layer.bias is not None and shift is not None:
+            bias = state[layer.bias]
+            found[layer.bias] = (bias.double() + shift.flatten()).to(bias.dtype)
         return found
-
-
-def _spatial(operator: str) -> int:
-    """Return how many axes an operator's windows have."""
-    return {"conv1d": 1, "conv2d": 2}.get(operator, -2)
 
 
 def _chosen(program: Program) -> set[fx.Node]:
@@ -134,10 +127,6 @@ def _floating(node: fx.Node) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
-def _convolves(node: fx.Node) -> bool:
-    return operator_name(node.target).startswith("conv")
-
-
 def _settings(node: fx.Node, axes: int) -> tuple[Any, ...]:
     """Return stride, padding, dilation and groups of a convolution."""
     given = [*node.args[3:7], *[1, 0, 1, 1][max(len(node.args) - 3, 0) :]]
@@ -145,31 +134,18 @@ def _settings(node: fx.Node, axes: int) -> tuple[Any, ...]:
     return (*(item * axes if len(item) == 1 else item for item in pairs), given[3])
 
 
-def _layers(capture: Capture, program: Program) -> dict[str, _Layer]:
-    """Return the linear layers and convolutions whose weight nothing else uses, by name of their node."""
-    readers = uses(capture)
-    tied = set(capture.aliases.values())
+def _layers(capture: Capture, program: Program) -> dict[str, _Fitted]:
+    """Return what can be fitted, by name of its node."""
     chosen = _chosen(program)
     found = {}
-    for node in capture.module.graph.nodes:
-        operator = operator_name(node.target) if node.op == "call_function" else ""
-        if operator not in LAYERS or operator == "conv3d" or node.kwargs or node in chosen:
-            continue
-        place = int(operator == "addmm")
-        weight, bias = (
-            _name(capture, node.args[position] if len(node.args) > position else None)
-            for position in LAYERS[operator][:2]
-        )
-        own = [name for name in (weight, bias) if name is not None]
-        alone = all(
-            readers.get(name) == [node] and name not in tied and name in capture.parameters for name in own
-        )
+    for layer in layers_of(capture):
+        node = layer.node
+        volumes = operator_name(node.target) == "conv3d"
         padded = any(isinstance(item, str) for item in node.args)  # by name, which depends on sizes
-        flat = bias is None or len(capture.parameters[bias]) == 1
         output = node.meta.get("val")
-        single = isinstance(output, torch.Tensor) and output.ndim < _spatial(operator) + 2
-        if weight is not None and alone and flat and not single and not padded:
-            found[node.name] = _Layer(node, place, weight, bias, _skip(node))
+        batched = isinstance(output, torch.Tensor) and output.ndim == len(capture.parameters[layer.weight])
+        if not (volumes or padded or node in chosen) and (batched or not layer.convolves):
+            found[node.name] = _Fitted(layer, _skip(node))
     return found
 
 
@@ -197,28 +173,20 @@ def _sized_alike(left: Any, right: fx.Node) -> bool:
     return len(shapes) == 2 and shapes[0] == shapes[1]
 
 
-def _name(capture: Capture, item: Any) -> str | None:
-    """Return the name of a stored tensor, nothing for none; what is computed has a name that nothing has."""
-    if item is None:
-        return None
-    stored = isinstance(item, fx.Node) and item.op == "get_attr"
-    return capture.aliases.get(str(item.target), str(item.target)) if stored else ""
-
-
 class _Fit:
     """A layer's regression, batch by batch."""
 
-    def __init__(self, layer: _Layer, state: State, weights: Sequence[float]) -> None:
-        self.layer, self.state, self.weights = layer, state, weights
-        self.place = layer.place
+    def __init__(self, fitted: _Fitted, state: State, weights: Sequence[float]) -> None:
+        self.fitted, self.state, self.weights = fitted, state, weights
+        self.place = fitted.place
         self.moments: CrossMoments | None = None
         self.expected = Channels()
         self.outputs: list[torch.Tensor] = []  # of the parents, for the batch at hand
 
     def see(self, x: torch.Tensor, output: torch.Tensor, known: Mapping[fx.Node, Any]) -> None:
         """Add the layer's input and output in the next network: the parents, then the merged one."""
-        if self.layer.skip is not None:
-            output = output + known[self.layer.skip].reshape(output.shape)
+        if self.fitted.skip is not None:
+            output = output + known[self.fitted.skip].reshape(output.shape)
         if len(self.outputs) < len(self.weights):
             self.outputs.append(output)
             return
@@ -226,17 +194,17 @@ class _Fit:
         for share, found in zip(self.weights, self.outputs, strict=True):
             expected += share * found
         self.outputs.clear()
-        features = _wide(self.layer.features(x, self.state[self.layer.weight]))
-        missing = _wide(self.layer.units(expected - output))
+        features = _wide(self.fitted.features(x, self.state[self.fitted.layer.weight]))
+        missing = _wide(self.fitted.units(expected - output))
         if self.moments is None:
             sizes = len(features), features.shape[1], missing.shape[1]
             self.moments = CrossMoments(*sizes, own=True, device=features.device)
         self.moments.update(features, missing)
-        self.expected.update(self.layer.units(expected).flatten(0, 1).mT)
+        self.expected.update(self.fitted.units(expected).flatten(0, 1).mT)
 
     def solve(self) -> dict[str, torch.Tensor]:
         """Return the layer's new weight and bias; nothing where rounding is all that is missing."""
-        moments, bias = self.moments, self.layer.bias
+        moments, bias = self.moments, self.fitted.layer.bias
         assert moments is not None
         assert moments.own is not None
         error = moments.square_source / moments.count + moments.mean_source.square()
@@ -256,7 +224,7 @@ class _Fit:
             shift = moments.mean_source - (slope @ moments.mean_target.unsqueeze(-1))[..., 0]
         if not bool(slope.isfinite().all()):  # activations overflow: nothing is learned from them
             return {}
-        return self.layer.changed(self.state, slope, shift)
+        return self.fitted.changed(self.state, slope, shift)
 
 
 class _Norm:
@@ -359,7 +327,7 @@ def fitted_layers(
         for args, kwargs in batches:
             shelf.put(count, [program.start(args, kwargs, len(states))])
             count += 1
-        begun = 0
+        begun, before = 0, None
         for number, place in enumerate(places, start=1):
             node = nodes[place]
             stop: _Fit | _Norm
@@ -369,18 +337,15 @@ def fitted_layers(
                 stop = _Norm(norms[node.name], state, weights)
             for batch in range(count):
                 (live,) = shelf.take(batch)
+                own = live.own[last]
+                if before is not None and before[0] in own:  # its input waits there for it to be fitted
+                    own[before[0]] = _applied(*before, own[before[0]], capture, state)
                 for _ in program.advance(live, nodes[begun : place + 1], states, _watching(node, stop, live)):
                     pass
                 shelf.put(batch, [live])
             found = stop.solve()
             state.update(found)
             changed |= found
-            for batch in range(count):
-                (live,) = shelf.take(batch)
-                if node in live.own[last]:
-                    x = live.own[last][node]
-                    live.own[last][node] = _applied(node, stop.place, x, capture, state)
-                shelf.put(batch, [live])
-            begun = place + 1
+            begun, before = place + 1, (node, stop.place)
             progress("repair", number, len(places))
     return changed

@@ -245,18 +245,27 @@ def corrected(
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Layer:
-    """A layer whose units have a scale and a bias of their own."""
+class Layer:
+    """A linear layer or convolution of whose weight and bias there is no other use.
+
+    Attributes
+    ----------
+    node : Node
+    weight : str
+    bias : str or None
+    axis : int
+        Of the weight, that enumerates units.
+    """
 
     node: fx.Node
     weight: str
-    bias: str
-    axis: int  # of the weight, that enumerates units
+    bias: str | None
+    axis: int
 
     @property
-    def last(self) -> bool:
-        """Whether units are the last axis of the output, not the one after the batch."""
-        return not operator_name(self.node.target).startswith("conv")
+    def convolves(self) -> bool:
+        """Whether units are the axis after the batch of the output, not the last one."""
+        return operator_name(self.node.target).startswith("conv")
 
 
 def uses(capture: Capture) -> dict[str, list[fx.Node]]:
@@ -269,7 +278,7 @@ def uses(capture: Capture) -> dict[str, list[fx.Node]]:
     return found
 
 
-def _layers(capture: Capture) -> list[_Layer]:
+def layers_of(capture: Capture) -> list[Layer]:
     """Return the layers of which nothing else uses weight and bias."""
     readers = uses(capture)
     tied = set(capture.aliases.values())
@@ -284,11 +293,14 @@ def _layers(capture: Capture) -> list[_Layer]:
             for item in given
             if isinstance(item, fx.Node) and item.op == "get_attr"
         ]
+        if not names or len(names) != sum(item is not None for item in given):  # something is computed
+            continue
         alone = all(
             name in capture.parameters and name not in tied and readers[name] == [node] for name in names
         )
-        if len(names) == 2 and alone and len(capture.parameters[names[1]]) == 1:
-            found.append(_Layer(node, names[0], names[1], axis))
+        own = names[1] if len(names) > 1 else None
+        if alone and (own is None or len(capture.parameters[own]) == 1):
+            found.append(Layer(node, names[0], own, axis))
     return found
 
 
@@ -322,7 +334,7 @@ def rescaled_units(
     dict of str to torch.Tensor
         By name of the parameter; empty for a network without layers that have a bias.
     """
-    layers = {layer.node.name: layer for layer in _layers(capture)}
+    layers = {layer.node.name: layer for layer in layers_of(capture) if layer.bias is not None}
     program = Program(capture)
     shares = torch.tensor(weights, dtype=torch.float64, device=program.device)
     seen = {(name, side): Channels() for name in layers for side in range(len(parents) + 1)}
@@ -346,7 +358,7 @@ def rescaled_units(
         if node.name not in layers:
             return None
         output = node.target(*args)  # type: ignore[operator]
-        last = layers[node.name].last
+        last = not layers[node.name].convolves
         seen[node.name, index].update(output.movedim(-1, 1) if last else output)
         if index < len(parents):
             return output
@@ -360,6 +372,7 @@ def rescaled_units(
     found: dict[str, torch.Tensor] = {}
     for name, layer in layers.items():
         scale, shift = change(name)
+        assert layer.bias is not None
         weight, bias = merged[layer.weight], merged[layer.bias]
         shape = [1] * weight.ndim
         shape[layer.axis] = -1
