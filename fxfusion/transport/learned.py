@@ -477,6 +477,7 @@ class _Learner:
                     self.options.steps,
                     self.options.spread,
                     self.options.labels,
+                    self.coupling,
                     self.seed,
                     self.weights,
                 )
