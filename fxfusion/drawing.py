@@ -37,6 +37,8 @@ _OPERATOR_SYMBOLS = {"add": "+", "sub": "−", "mul": "×", "div": "÷", "cat": 
 _SYMMETRY_STYLES = {
     "permutation": "permutation",
     "permutation, positive scale": "scale",
+    "permutation, sign": "scale",
+    "permutation, scale": "scale",
     "orthogonal": "orthogonal",
     "orthogonal, mean fixed": "orthogonal",
     "general linear": "linear",

@@ -1,4 +1,4 @@
-"""Which group may act on a space: beyond permutations, positive factors, rotations, invertible maps.
+"""Which group may act on a space: beyond permutations, factors and signs, rotations, invertible maps.
 
 Every operator that meets a space must treat it alike whatever its basis is: sums, contractions and views do;
 RMS normalisation does up to its weight, layer normalisation for rotations that leave the mean alone.
@@ -23,6 +23,7 @@ from fxfusion.layout import AxisBlock, Block, Factor, ParameterLayout
 from fxfusion.plan import Fold, Plan, Role, Scaling, Space, Symmetry
 from fxfusion.rules.registry import operator_name
 from fxfusion.scaling import scalings
+from fxfusion.signs import with_signs
 
 _ADDING = frozenset(["add", "sub", "rsub"])
 _REDUCING = frozenset(["mean", "sum"])
@@ -109,7 +110,8 @@ def enlarge(capture: Capture, plan: Plan, accepts: Callable[[Fold], bool] = lamb
     Returns
     -------
     Plan
-        Spaces below which others lie keep permutations. Norm weights that are folded hold no space any more.
+        Spaces below which others lie keep permutations. Where units may change sign, their signs are spaces
+        of their own, below them. Norm weights that are folded hold no space any more.
     """
     found = groups(capture, plan)
     outer = {name for space in plan.spaces for name in space.scope}
@@ -133,7 +135,10 @@ def enlarge(capture: Capture, plan: Plan, accepts: Callable[[Fold], bool] = lamb
     graph = plan.graph.copy()
     for space in spaces:
         graph.nodes[space_node(space.name)]["symmetry"] = space.symmetry.value
-    return dataclasses.replace(plan, spaces=spaces, layouts=layouts, folds=folds, scalings=ways, graph=graph)
+    larger = dataclasses.replace(
+        plan, spaces=spaces, layouts=layouts, folds=folds, scalings=ways, graph=graph
+    )
+    return with_signs(capture, larger)
 
 
 def _emptied(layout: ParameterLayout) -> ParameterLayout:

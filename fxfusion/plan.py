@@ -20,6 +20,12 @@ class Symmetry(enum.Enum):
     PERMUTATION = "permutation"
     SCALED = "permutation, positive scale"
     """Permutations, and a positive factor per unit."""
+    SIGNED = "permutation, sign"
+    """Permutations, and a sign per unit (a space of its own, below the units)."""
+    MONOMIAL = "permutation, scale"
+    """Permutations, a positive factor per unit, and a sign per unit."""
+    SIGN = "sign"
+    """The sign of one unit, in a space of one dimension below it."""
     CENTRED = "orthogonal, mean fixed"
     """Rotations and reflections that leave alone the mean of the units."""
     ORTHOGONAL = "orthogonal"
@@ -28,9 +34,19 @@ class Symmetry(enum.Enum):
     """All invertible maps."""
 
     @property
+    def scales(self) -> bool:
+        """Whether the group holds positive factors of single units."""
+        return self in (Symmetry.SCALED, Symmetry.MONOMIAL)
+
+    @property
     def rotates(self) -> bool:
-        """Whether the group holds rotations."""
+        """Whether the group holds rotations, other than signs of single units."""
         return self in (Symmetry.CENTRED, Symmetry.ORTHOGONAL, Symmetry.LINEAR)
+
+    @property
+    def turns(self) -> bool:
+        """Whether its transports are orthogonal maps, a sign being one of one dimension."""
+        return self.rotates or self is Symmetry.SIGN
 
 
 class Role(enum.Enum):

@@ -24,21 +24,23 @@ from torch import fx
 
 from fxfusion.holding import KEEPING, METADATA, Held, operands_of
 from fxfusion.layout import AxisBlock
-from fxfusion.plan import Place, Scaling
+from fxfusion.plan import Scaling
 from fxfusion.rules.registry import operator_name
 
-_Key = tuple[fx.Node, int, int]  # a tensor, its axis, where on it the block begins
-_Terms = Mapping[_Key, Fraction | int]
+Key = tuple[fx.Node, int, int]
+"""A tensor, its axis, and where on the axis a block of units begins."""
 
-_HOMOGENEOUS = frozenset(
+_Terms = Mapping[Key, Fraction | int]
+
+HOMOGENEOUS = frozenset(
     [
         *("relu", "leaky_relu", "abs", "max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices"),
         *("adaptive_max_pool1d", "adaptive_max_pool2d", "avg_pool3d", "adaptive_avg_pool3d"),
     ]
 )
 _ADDING = frozenset(["add", "sub", "rsub", "maximum", "minimum"])
-_BATCH_NORMS = frozenset(["batch_norm", "native_batch_norm", "_native_batch_norm_legit_no_training"])
-_NORMS = {"layer_norm": 2, "native_layer_norm": 2, "rms_norm": 2, "_fused_rms_norm": 2, "group_norm": 2}
+BATCH_NORMS = frozenset(["batch_norm", "native_batch_norm", "_native_batch_norm_legit_no_training"])
+NORMS = {"layer_norm": 2, "native_layer_norm": 2, "rms_norm": 2, "_fused_rms_norm": 2, "group_norm": 2}
 _CONVOLUTIONS = frozenset(["conv1d", "conv2d", "conv3d"])
 _TRACED = (
     "view reshape _unsafe_view transpose permute t expand clone contiguous alias unsqueeze squeeze detach "
@@ -66,23 +68,36 @@ def scalings(held: Held, space: str) -> tuple[Scaling, ...]:
     tuple of Scaling
         Empty where nothing but factors of one keeps the function, as far as is known.
     """
-    return _Search(held, space).solve()
+    solutions = []
+    for exponents in Search(held, space).solve():
+        sign = math.copysign(1.0, next(iter(exponents.values())))
+        places = {
+            (held.parameters[node], axis, offset): sign * float(value)
+            for (node, axis, offset), value in exponents.items()
+            if node in held.parameters
+        }
+        solutions.append(Scaling(space, places))
+    return tuple(solutions)
 
 
 class _Equations:
-    """Homogeneous linear equations, kept solved: every bound unknown as a sum of free ones."""
+    """Homogeneous linear equations, kept solved: every bound unknown as a sum of free ones.
 
-    def __init__(self) -> None:
-        self.bound: dict[_Key, dict[_Key, Fraction]] = {}
-        self.used: dict[_Key, set[_Key]] = {}  # in which bound unknowns a free one occurs
+    Of a ``modulus``, a prime number, they are between remainders.
+    """
 
-    def reduce(self, terms: _Terms) -> dict[_Key, Fraction]:
+    def __init__(self, modulus: int | None = None) -> None:
+        self.modulus = modulus
+        self.bound: dict[Key, dict[Key, Fraction]] = {}
+        self.used: dict[Key, set[Key]] = {}  # in which bound unknowns a free one occurs
+
+    def reduce(self, terms: _Terms) -> dict[Key, Fraction]:
         """Return a sum in terms of free unknowns."""
-        total: dict[_Key, Fraction] = {}
+        total: dict[Key, Fraction] = {}
         for key, factor in terms.items():
             for free, share in self.bound.get(key, {key: Fraction(1)}).items():
                 total[free] = total.get(free, Fraction()) + factor * share
-        return {key: factor for key, factor in total.items() if factor}
+        return self._remaining(total)
 
     def require(self, terms: _Terms) -> None:
         """Add the equation that a sum is zero."""
@@ -97,23 +112,40 @@ class _Equations:
             for other, factor in solved.items():
                 expression[other] = expression.get(other, Fraction()) + share * factor
                 self.used.setdefault(other, set()).add(place)
-            self.bound[place] = {other: factor for other, factor in expression.items() if factor}
+            self.bound[place] = self._remaining(expression)
+
+    def _remaining(self, terms: Mapping[Key, Fraction]) -> dict[Key, Fraction]:
+        """Return the terms that are not zero."""
+        if self.modulus is not None:
+            terms = {key: factor % self.modulus for key, factor in terms.items()}
+        return {key: factor for key, factor in terms.items() if factor}
 
 
-class _Search:
-    """The equations of one space."""
+class Search:
+    """The equations of one space.
 
-    def __init__(self, held: Held, space: str) -> None:
+    Parameters
+    ----------
+    held : Held
+        Which tensors hold which spaces.
+    space : str
+        Name of the space.
+    modulus : int, optional
+        Where exponents are remainders: 2 for signs.
+    """
+
+    def __init__(self, held: Held, space: str, modulus: int | None = None) -> None:
         self.held, self.space = held, space
-        self.equations = _Equations()
+        self.equations = _Equations(modulus)
         self.labels: dict[fx.Node, Any] = {}  # of tensors without a layout: which key every element has
-        self.named: dict[int, _Key] = {}
+        self.named: dict[int, Key] = {}
 
-    def solve(self) -> tuple[Scaling, ...]:
+    def solve(self) -> list[dict[Key, Fraction]]:
+        """Return the independent solutions that reach parameters, each as its exponents other than zero."""
         holders = self.held.holders.get(self.space, ())
         parts = (part for node in holders for parts in self.held.axes[node] for part in parts)
         if any(map(self._repeats, parts)):
-            return ()  # a unit has several factors of one space, and so no factor of its own
+            return []  # a unit has several factors of one space, and so no factor of its own
         pending = list(self.held.nodes.get(self.space, ()))
         seen = set(pending)
         for node in pending:  # grows while it is read
@@ -128,24 +160,20 @@ class _Search:
             if node in self.held.parameters:  # the same tensor, read in several places
                 other = first.setdefault(self.held.parameters[node], node)
                 self._relate((self._keys(node), 1), (self._keys(other), -1))
-        return self._solutions([node for node in holders if node in self.held.parameters])
+        return self._solutions(holders)
 
-    def _solutions(self, parameters: Sequence[fx.Node]) -> tuple[Scaling, ...]:
-        found: dict[_Key, dict[Place, float]] = {}
-        for node in parameters:
+    def _solutions(self, holders: Sequence[fx.Node]) -> list[dict[Key, Fraction]]:
+        found: dict[Key, dict[Key, Fraction]] = {}
+        for node in sorted(holders, key=lambda item: item not in self.held.parameters):
             for key in self._keys(node):
                 for free, factor in self.equations.reduce({key: 1}).items():
-                    place = (self.held.parameters[node], *key[1:])
-                    found.setdefault(free, {})[place] = float(factor)
-        solutions = []
-        for exponents in found.values():
-            sign = math.copysign(1.0, next(iter(exponents.values())))
-            solutions.append(Scaling(self.space, {place: sign * value for place, value in exponents.items()}))
-        return tuple(solutions)
+                    if node in self.held.parameters or free in found:
+                        found.setdefault(free, {})[key] = factor
+        return list(found.values())
 
     # -- equations --------------------------------------------------------------------------------
 
-    def _keys(self, node: Any, axis: int | None = None) -> list[_Key]:
+    def _keys(self, node: Any, axis: int | None = None) -> list[Key]:
         """Return the places of a tensor that hold the space, on one axis or on all."""
         if not isinstance(node, fx.Node):
             return []
@@ -172,13 +200,13 @@ class _Search:
                 for key in keys:
                     self.equations.require({key: 1})
 
-    def _relate(self, *sides: tuple[Sequence[_Key], int]) -> bool:
+    def _relate(self, *sides: tuple[Sequence[Key], int]) -> bool:
         """Require of blocks that begin alike that ``sign * exponent`` adds up to zero."""
         counts = {len(keys) for keys, _ in sides}
         if counts != {1} and len({tuple(key[2] for key in keys) for keys, _ in sides}) != 1:
             return False
         for keys in zip(*(keys for keys, _ in sides), strict=True):
-            terms: dict[_Key, Fraction] = {}
+            terms: dict[Key, Fraction] = {}
             for key, (_, sign) in zip(keys, sides, strict=True):
                 terms[key] = terms.get(key, Fraction()) + sign
             self.equations.require(terms)
@@ -208,7 +236,7 @@ class _Search:
         holders = [item for item in operands if self._keys(item)]
         if operator in KEEPING or node.target is getitem:
             return self._moved(node, operator, operands)
-        if operator in _HOMOGENEOUS:
+        if operator in HOMOGENEOUS:
             return self._relate((self._keys(node.args[0]), 1), (self._keys(result), -1))
         if operator in _ADDING:
             numbers = [item for item in node.args[:2] if not isinstance(item, fx.Node) and item]
@@ -234,7 +262,7 @@ class _Search:
         if operator == "prelu":
             self._hold(node.args[1:2])
             return self._relate((self._keys(node.args[0]), 1), (self._keys(node), -1))
-        if operator in _BATCH_NORMS or operator in _NORMS:
+        if operator in BATCH_NORMS or operator in NORMS:
             return self._normalised(node, operator, result)
         if operator == "scaled_dot_product_attention":
             return self._attended(node)
@@ -247,8 +275,8 @@ class _Search:
     def _normalised(self, node: fx.Node, operator: str, result: fx.Node) -> bool:
         """What comes in keeps its size, what goes out has that of weight and bias."""
         self._hold(node.args[:1])
-        first = 1 if operator in _BATCH_NORMS else _NORMS[operator]
-        if operator in _BATCH_NORMS:
+        first = 1 if operator in BATCH_NORMS else NORMS[operator]
+        if operator in BATCH_NORMS:
             self._hold(node.args[3:5])
         vectors = [item for item in node.args[first : first + 2] if isinstance(item, fx.Node)]
         return bool(vectors) and all(
@@ -347,7 +375,7 @@ class _Search:
             self.named[len(self.named)] = key
         return label
 
-    def _positions(self, key: _Key) -> torch.Tensor:
+    def _positions(self, key: Key) -> torch.Tensor:
         """Return where on its axis a block lies."""
         node, axis, offset = key
         found = [torch.empty(0, dtype=torch.int64)]
@@ -359,10 +387,10 @@ class _Search:
                 found.append(places)
         return torch.cat(found).unique()
 
-    def _block(self, label: torch.Tensor, key: _Key) -> torch.Tensor:
+    def _block(self, label: torch.Tensor, key: Key) -> torch.Tensor:
         return label.index_select(key[1], self._positions(key))
 
-    def _labelled(self, label: Any) -> list[_Key]:
+    def _labelled(self, label: Any) -> list[Key]:
         """Return the keys that elements of tensors have."""
         tensors = [item for item in pytree.tree_leaves(label) if isinstance(item, torch.Tensor)]
         found = dict.fromkeys(index for item in tensors for index in item.unique().tolist() if index >= 0)

@@ -14,6 +14,7 @@ from fxfusion.transport.map import (
     HardMap,
     Map,
     Maps,
+    SignMap,
     SoftMap,
     apart,
     scope_dimensions,
@@ -32,13 +33,15 @@ def random_maps(plan: Plan, generator: torch.Generator) -> dict[str, Map]:
 
     Returns
     -------
-    dict of str to HardMap or SoftMap
+    dict of str to HardMap, SignMap or SoftMap
         One permutation, rotation or invertible map per space and, below outer spaces, per unit of those.
     """
     return {
         space.name: (
             _random_rotations(plan, space, generator)
             if space.symmetry.rotates
+            else _random_signs(plan, space, generator)
+            if space.symmetry is Symmetry.SIGN
             else _random_permutations(plan, space, generator)
         )
         for space in plan.spaces
@@ -82,7 +85,7 @@ def random_element(
     moved = act(plan, maps, state)
     for scaling in plan.scalings:
         space = plan[scaling.space]
-        if space.symmetry is Symmetry.SCALED:
+        if space.symmetry.scales:
             sizes = [*map(plan.scope_size, space.scope), space.size]
             moved = scale(plan, scaling, _factors(sizes, generator), moved)
     return moved
@@ -103,6 +106,15 @@ def _random_rotations(plan: Plan, space: Space, generator: torch.Generator) -> S
         return invertible(space, drawn.reshape(*outer, space.size, space.size))
     turned = apart(drawn.reshape(*outer, space.size, space.size), len(outer))
     return SoftMap(space.scope, turned, turned)
+
+
+def _random_signs(plan: Plan, space: Space, generator: torch.Generator) -> SignMap:
+    outer = [plan.scope_size(name) for name in space.scope]
+    drawn = torch.randint(2, (*outer, 1), generator=generator, dtype=torch.int8)
+    # All alike, they would leave alone whatever holds two axes of a space, or is no odd place at all.
+    drawn.select(-2, 0).fill_(0)
+    drawn.select(-2, -1).fill_(1)
+    return SignMap(space.scope, 1 - 2 * drawn)
 
 
 def invertible(space: Space, matrices: torch.Tensor) -> SoftMap:
@@ -260,6 +272,7 @@ def fill(
         ``moved`` itself where all mass was transported.
     """
     missing = {name for name, item in maps.items() if isinstance(item, SoftMap) and item.partial}
+    shares = {name: item for name, item in maps.items() if plan[name].symmetry is not Symmetry.SIGN}
     filled = dict(moved)
     for name, layout in plan.layouts.items():
         if not layout.spaces() & missing:
@@ -267,7 +280,7 @@ def fill(
         # What arrives of ones, if every axis takes the average of its sources: how much was transported.
         shape = plan.source.layouts[name].shape
         arrived = transport_tensor(
-            target[name].new_ones(shape, dtype=torch.float64), plan.source.layouts[name], maps, into=layout
+            target[name].new_ones(shape, dtype=torch.float64), plan.source.layouts[name], shares, into=layout
         )
         own = (1.0 - arrived) * target[name].detach().double()
         filled[name] = (moved[name].double() + own).to(moved[name].dtype)

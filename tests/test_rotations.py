@@ -76,7 +76,7 @@ SCALED = "permutation, positive scale"
 # of norms folded, and the group of the residual stream.
 KNOWN: dict[str, tuple[int, int, int, int, str]] = {
     "hf_vit": (5, 4, 0, 5, "orthogonal, mean fixed"),
-    # Rotary dimensions stay: they are pairs. What is gated has factors.
+    # Rotary dimensions stay: they are pairs. What is gated has factors of any sign.
     "llama": (3, 2, 2, 5, "orthogonal"),
     # After every sum a norm, whose weight is in the stream; and GELU in its head, before which is a factor.
     "bert": (4, 4, 1, 0, SCALED),
@@ -95,7 +95,8 @@ def test_spaces_that_may_turn(name: str) -> None:
     capture, plan = largest(zoo.build(name), *zoo.inputs(name))
     stream = max((space for space in plan if not space.scope), key=lambda space: len(space.incidences))
     groups = [space.symmetry for space in plan]
-    counts = sum(group.rotates for group in groups), *map(groups.count, (Symmetry.LINEAR, Symmetry.SCALED))
+    scaled = sum(group.scales for group in groups)
+    counts = sum(group.rotates for group in groups), groups.count(Symmetry.LINEAR), scaled
     assert (*counts, len(plan.folds), stream.symmetry.value) == KNOWN[name]
     weights = capture.canonical(zoo.build(name).state_dict())
     certificate = certify_plan(capture, plan, weights, capture.select_outputs(None))
@@ -156,9 +157,12 @@ class Stream(nn.Module):
         return self.head(x)
 
 
+SIGNED = ("permutation, scale", "permutation, sign")
 LARGER = {
     "permutation": (Symmetry.SCALED, Symmetry.CENTRED, Symmetry.ORTHOGONAL, Symmetry.LINEAR),
     SCALED: (Symmetry.CENTRED, Symmetry.ORTHOGONAL, Symmetry.LINEAR),
+    "permutation, scale": (Symmetry.CENTRED, Symmetry.ORTHOGONAL, Symmetry.LINEAR),
+    "permutation, sign": (Symmetry.SCALED, Symmetry.CENTRED, Symmetry.ORTHOGONAL, Symmetry.LINEAR),
     "orthogonal, mean fixed": (Symmetry.SCALED, Symmetry.ORTHOGONAL, Symmetry.LINEAR),
     "orthogonal": (Symmetry.SCALED, Symmetry.LINEAR),
     "general linear": (),
@@ -176,17 +180,17 @@ WRITTEN_AND_READ = {
     [
         ("nothing", "general linear"),
         ("relu", SCALED),
-        ("scale", SCALED),
+        ("scale", "permutation, scale"),
         ("sigmoid", "permutation"),
         ("gate", "permutation"),
         ("shift", "orthogonal, mean fixed"),
         ("mean", "orthogonal, mean fixed"),
         ("square", "orthogonal"),
-        ("squares", SCALED),
+        ("squares", "permutation, scale"),
         ("layer norm", "orthogonal, mean fixed"),
         ("rms norm", "orthogonal"),
         ("layer norm in stream", "permutation"),
-        ("rms norm in stream", "permutation"),
+        ("rms norm in stream", "permutation, sign"),
         ("layer norm twice", "permutation"),
     ],
 )
@@ -194,14 +198,15 @@ def test_what_lets_a_stream_turn(what: str, expected: str) -> None:
     torch.manual_seed(0)
     model = Stream(what)
     capture, plan = largest(model, (torch.randn(4, 3),), {})
-    (space,) = plan.spaces
+    space, *signs = plan.spaces
     assert space.symmetry.value == expected
+    assert [item.symmetry for item in signs] == [Symmetry.SIGN] * (expected in SIGNED)
     assert certify_plan(capture, plan, capture.canonical(model.state_dict()), frozenset({0})).ok
     for wrong in LARGER[expected]:
         exponents = {place: value for place, value in WRITTEN_AND_READ.items() if place[0] in plan.layouts}
         planted = dataclasses.replace(
             plan,
-            spaces=(dataclasses.replace(space, symmetry=wrong),),
+            spaces=(dataclasses.replace(space, symmetry=wrong), *signs),
             scalings=(Scaling(space.name, exponents),),
         )
         certificate = certify_plan(

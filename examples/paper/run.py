@@ -49,7 +49,7 @@ Scores = dict[str, list[tuple[float, ...]]]  # by method: what is measured of ev
 COLUMNS = ("accuracy, %", "loss", "barrier", "seconds", "memory, MiB")
 DIGITS = (1, 3, 3, 0, 0)
 STACKS = {"digits": "vit.layers", "mnist": "vit.layers", "cifar10": "vit.layers"}
-STACKS |= {"gpt2": "transformer.h", "bert": "bert.encoder.layer"}
+STACKS |= {"gpt2": "transformer.h", "llama": "model.layers", "bert": "bert.encoder.layer"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,7 +1,7 @@
 """What networks are trained on: images and text, models of any size, one training loop for all.
 
-``digits`` comes with scikit-learn and needs no data folder; ``mnist``, ``cifar10``, ``gpt2`` and ``bert``
-read theirs from one (see :func:`load`). ``digits-resnet`` and ``cifar10-resnet`` are residual networks with
+``digits`` comes with scikit-learn and needs no data folder; ``mnist``, ``cifar10``, ``gpt2``, ``llama`` and
+``bert`` read theirs from one (see :func:`load`). ``digits-resnet`` and ``cifar10-resnet`` are residual networks with
 batch normalisation on the same images, the others transformers.
 """
 
@@ -24,6 +24,8 @@ from transformers import (
     BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     ResNetConfig,
     ResNetForImageClassification,
     ViTConfig,
@@ -32,7 +34,8 @@ from transformers import (
 
 import fxfusion
 
-TASKS = ("digits", "digits-resnet", "mnist", "cifar10", "cifar10-resnet", "gpt2", "bert")
+TASKS = ("digits", "digits-resnet", "mnist", "cifar10", "cifar10-resnet", "gpt2", "llama", "bert")
+CAUSAL = ("gpt2", "llama")  # the next character is predicted
 IGNORED = -100  # label of a position that is not predicted
 MASKED_SHARE = 0.15
 
@@ -110,7 +113,7 @@ class Task:
 
     def example(self) -> dict[str, torch.Tensor]:
         """Return inputs to capture a network with."""
-        return {self.inputs: self.train[0][:2], **({"use_cache": False} if self.name == "gpt2" else {})}
+        return {self.inputs: self.train[0][:2], **({"use_cache": False} if self.name in CAUSAL else {})}
 
     def calibration(self, count: int, labelled: bool = False) -> list[dict[str, torch.Tensor]]:
         """Return examples in batches, drawn from the training data; with their labels if that is wanted."""
@@ -121,7 +124,7 @@ class Task:
 
     def logits(self, model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
         """Return a network's logits."""
-        extra = {"use_cache": False} if self.name == "gpt2" else {}
+        extra = {"use_cache": False} if self.name in CAUSAL else {}
         found = model(**{self.inputs: batch}, **extra)
         logits: torch.Tensor = found.logits
         return logits
@@ -291,6 +294,25 @@ def _gpt2(vocabulary: int, length: int) -> Callable[[Size], nn.Module]:
     return make
 
 
+def _llama(vocabulary: int, length: int) -> Callable[[Size], nn.Module]:
+    def make(size: Size) -> nn.Module:
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=vocabulary,
+                max_position_embeddings=length,
+                hidden_size=size.width,
+                num_hidden_layers=size.depth,
+                num_attention_heads=size.heads,
+                num_key_value_heads=size.heads // 2,
+                intermediate_size=size.hidden,
+                bos_token_id=0,
+                eos_token_id=0,
+            )
+        )
+
+    return make
+
+
 def _bert(vocabulary: int, length: int) -> Callable[[Size], nn.Module]:
     def make(size: Size) -> nn.Module:
         return BertForMaskedLM(
@@ -398,7 +420,7 @@ def _jpegs(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _text(name: str, data: Path) -> Task:
-    """Characters: the next one (GPT-2), or hidden ones (BERT)."""
+    """Characters: the next one (GPT-2, Llama), or hidden ones (BERT)."""
     length = 64
     text = (data / "tinyshakespeare.txt").read_text(encoding="utf-8")
     characters = sorted(set(text))
@@ -409,15 +431,16 @@ def _text(name: str, data: Path) -> Task:
         part[: len(part) // length * length].reshape(-1, length) for part in (codes[:split], codes[split:])
     ]
     vocabulary = len(characters) + 1  # the last one hides
-    if name == "gpt2":
+    if name in CAUSAL:
+        make, hidden = (_gpt2, 384) if name == "gpt2" else (_llama, 256)
         shifted = [functional.pad(part[:, 1:], (0, 1), value=IGNORED) for part in parts]
         return Task(
             name,
             "input_ids",
             (parts[0], shifted[0]),
             (parts[1], shifted[1]),
-            _gpt2(vocabulary, length),
-            Size(96, 4, 384, 3),
+            make(vocabulary, length),
+            Size(96, 4, hidden, 3),
             2000,
         )
     hidden = [_hide(part, vocabulary - 1, seed) for seed, part in enumerate(parts)]

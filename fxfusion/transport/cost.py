@@ -21,7 +21,7 @@ import torch
 
 from fxfusion.devices import device_of_state
 from fxfusion.layout import Block
-from fxfusion.plan import Plan, Space
+from fxfusion.plan import Plan, Space, Symmetry
 from fxfusion.statistics import CrossMoments
 from fxfusion.symmetry import reading_axes
 from fxfusion.transport.hierarchy import Ground, Shape, Solution, Tree, pairs
@@ -60,6 +60,9 @@ def activation_cost(
 
 def observed_cost(moments: CrossMoments, space: Space, shape: Shape) -> Ground:
     """Return the cost of a space from what was observed at one place."""
+    if space.symmetry is Symmetry.SIGN:
+        products = pairs(moments.correlation, shape)
+        return Ground(-products, torch.ones_like(products[..., 0, 0]))
     if space.symmetry.rotates:
         return _turning_cost(moments, shape)
     return Ground(pairs(1.0 - moments.correlation, shape))
@@ -169,7 +172,7 @@ class WeightCost:
         """
         shapes = {space.name: Shape.of(self.plan, space) for space in tree.members}
         total = {name: _Distances(shape, self.device) for name, shape in shapes.items()}
-        turning = {space.name for space in tree.members if space.symmetry.rotates}
+        turning = {space.name for space in tree.members if space.symmetry.turns}
         skip = partial and self.anchored(tree, frozenset(maps)) > 0
         for name in self.parameters(tree):
             left, right = self._comparable(0, name), self._comparable(1, name)
@@ -260,9 +263,9 @@ class WeightCost:
             total.add(place, place.row(left, unit), moved, unknown, unit)
 
     def _is_sibling(self, place: _Place, dimension: int) -> bool:
-        """Return whether a dimension's space lies below exactly the outer spaces of the compared one."""
-        names = [place.block.factors[outer].space for outer in place.scope]
-        return list(self._scopes[place.block.factors[dimension].space]) == names
+        """Return whether a dimension's space lies below exactly the outer units of the compared one."""
+        scope = self._scopes[place.block.factors[dimension].space]
+        return scope_dimensions(place.block, dimension, scope) == list(place.scope)
 
     def _outer_of_siblings(self, block: Block, tree: Tree) -> set[int]:
         return {

@@ -17,7 +17,7 @@ import torch
 from fxfusion.errors import OptionError
 from fxfusion.plan import Plan, Space, Symmetry
 from fxfusion.transport.assignment import Masses, assign, assign_groups, auction, emd, partial
-from fxfusion.transport.map import HardMap, Map, SoftMap, apart, in_order
+from fxfusion.transport.map import HardMap, Map, SignMap, SoftMap, apart, in_order
 from fxfusion.transport.rotation import procrustes
 from fxfusion.transport.sinkhorn import sinkhorn
 
@@ -295,7 +295,7 @@ def solve_tree(
     for space in reversed(tree.members):
         shape = Shape.of(plan, space)
         cost = with_children(plan, tree, space, costs[space.name], solved)
-        if space.symmetry.rotates:
+        if space.symmetry.turns:
             turned, gained = procrustes(-cost.matrix, space.symmetry is Symmetry.CENTRED)
             solved[space.name] = Solution(None, turned, cost.offset - gained, rotation=True)
             continue
@@ -309,7 +309,9 @@ def solve_tree(
             coupling.share < 1,
             gap=found.gap,
         )
-    if any(solution.index is None for solution in solved.values()):  # then none of the tree is one-to-one
+    signs = {space.name for space in tree.members if space.symmetry is Symmetry.SIGN}
+    # Where one space is not one-to-one, none of its tree is; signs follow their units.
+    if any(solved[name].index is None for name in solved.keys() - signs):
         return {space.name: solved[space.name].widened(space.size) for space in tree.members}
     return solved
 
@@ -354,6 +356,13 @@ def to_maps(plan: Plan, tree: Tree, solved: Mapping[str, Solution]) -> dict[str,
         solution = solved[space.name]
         fixed = {item.name for item in plan.fixed}
         sizes = [plan.scope_size(name) for name in space.scope]
+        above = maps.get(space.scope[-1]) if space.scope else None
+        if space.symmetry is Symmetry.SIGN and isinstance(above, HardMap):
+            assert solution.plan is not None
+            matched = _matched_outer(plan, space, maps, solution.plan.device)
+            picked = solution.plan.flatten(2).gather(2, matched.unsqueeze(-1))
+            maps[space.name] = SignMap(space.scope, picked.sign().to(torch.int8).reshape(*sizes, 1))
+            continue
         if solution.plan is not None:
             others = [plan.source.scope_size(name) for name in space.scope]
             coupling = spread(solution.plan, sizes, others, len(fixed & set(space.scope)))

@@ -115,8 +115,11 @@ def align(
 
 
 def _permuting(plan: Plan) -> Plan:
-    """Return a plan without rotations."""
-    spaces = (dataclasses.replace(space, symmetry=Symmetry.PERMUTATION) for space in plan.spaces)
+    """Return a plan without rotations, other than signs of single units."""
+    spaces = (
+        dataclasses.replace(space, symmetry=Symmetry.PERMUTATION) if space.symmetry.rotates else space
+        for space in plan.spaces
+    )
     return dataclasses.replace(plan, spaces=tuple(spaces))
 
 

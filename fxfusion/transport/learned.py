@@ -316,7 +316,8 @@ class _Learner:
         self.norms = batch_norms(self.capture) if self.renormalised else {}
         if self.norms:
             self._see_norms()
-        outer = {name for space in plan.spaces for name in space.scope}
+        # A unit that may change sign has a space below it, and keeps the sign that it was aligned with.
+        outer = {name for space in plan.spaces if space.symmetry is not Symmetry.SIGN for name in space.scope}
         device = next((tensor.device for tensor in self.aligned[target].values()), torch.device("cpu"))
         margin = self.options.rate * _SCORES * _MARGIN
         self.elements: dict[int, list[_Element]] = {

@@ -85,7 +85,28 @@ class SoftMap:
         return 1.0 - float(torch.diagonal(write, dim1=-2, dim2=-1).mean())
 
 
-Map = HardMap | SoftMap
+@dataclasses.dataclass(frozen=True, eq=False)
+class SignMap:
+    """Signs of units that were assigned one to one.
+
+    Attributes
+    ----------
+    scope : tuple of str
+        Names of the outer spaces, the last that of the units.
+    signs : torch.Tensor
+        int8 ``[units of the target..., 1]``: 1, or -1 where a unit takes its source with the other sign.
+    """
+
+    scope: tuple[str, ...]
+    signs: torch.Tensor
+
+    @property
+    def moved(self) -> float:
+        """Fraction of units that change their sign."""
+        return float((self.signs < 0).double().mean())
+
+
+Map = HardMap | SoftMap | SignMap
 Maps = Mapping[str, Map]
 
 
@@ -114,7 +135,7 @@ def transport_tensor(
         The source parent's parameter. It is not written.
     layout : ParameterLayout
         How spaces lie in it.
-    maps : mapping of str to HardMap or SoftMap
+    maps : mapping of str to HardMap, SoftMap or SignMap
         By name of space; spaces without a map keep their units.
     reading : frozenset of int
         Axes that read their space: soft maps apply their reading side there.
@@ -153,7 +174,9 @@ def transport_tensor(
 
 def _exchanged(item: Map) -> Map:
     """Return a map whose sides have changed places."""
-    return item if isinstance(item, HardMap) else dataclasses.replace(item, write=item.read, read=item.write)
+    if isinstance(item, SoftMap):
+        return dataclasses.replace(item, write=item.read, read=item.write)
+    return item
 
 
 def in_order(target: int, source: int) -> torch.Tensor:
@@ -207,6 +230,9 @@ def transport_block(
     for dimension, item in sorted(dimensions, key=lambda pair: len(pair[1].scope)):
         if isinstance(item, HardMap):
             view = _gather(view, dimension, item.index, scope_dimensions(block, dimension, item.scope))
+        elif isinstance(item, SignMap):  # those of the units' new places
+            places = [*scope_dimensions(block, dimension, item.scope), dimension]
+            view = view * _laid_out(item.signs.to(view), places, view.ndim)
     soft = [(dimension, item) for dimension, item in dimensions if isinstance(item, SoftMap)]
     return _contract(block, view, soft, reading) if soft else view
 
@@ -252,13 +278,16 @@ def _gather(view: torch.Tensor, dimension: int, index: torch.Tensor, scope: Sequ
     index = index.to(view.device)
     if not scope:
         return view.index_select(dimension, index)
-    # Lay the index out over the view: outer dimensions in the view's order, the mapped one last of them.
-    places = [*scope, dimension]
+    return torch.take_along_dim(view, _laid_out(index, [*scope, dimension], view.ndim), dimension)
+
+
+def _laid_out(values: torch.Tensor, places: Sequence[int], count: int) -> torch.Tensor:
+    """Return a tensor as one of ``count`` dimensions: its own at the given places, the others of size one."""
     order = sorted(range(len(places)), key=places.__getitem__)
-    shape = [1] * view.ndim
-    for place, size in zip(places, index.shape, strict=True):
+    shape = [1] * count
+    for place, size in zip(places, values.shape, strict=True):
         shape[place] = size
-    return torch.take_along_dim(view, index.permute(order).reshape(shape), dimension)
+    return values.permute(order).reshape(shape)
 
 
 def _contract(
