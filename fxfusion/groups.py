@@ -20,7 +20,9 @@ from fxfusion.capture import Capture
 from fxfusion.flow import space_node
 from fxfusion.holding import KEEPING, METADATA, Held, operands_of
 from fxfusion.layout import AxisBlock, Block, Factor, ParameterLayout
-from fxfusion.plan import Fold, Plan, Role, Scaling, Space, Symmetry
+from fxfusion.plan import Fold, Plan, Role, Rotary, Scaling, Space, Symmetry
+from fxfusion.planning import make_plan
+from fxfusion.rotary import rotary_parts
 from fxfusion.rules.registry import operator_name
 from fxfusion.scaling import scalings
 from fxfusion.signs import with_signs
@@ -79,6 +81,9 @@ def groups(capture: Capture, plan: Plan) -> dict[str, Group]:
 
 def _group(held: Held, space: str) -> Group:
     group = _SpaceGroup(held, space).infer()
+    if held.plan[space].symmetry is Symmetry.ROTARY:
+        turns = group.symmetry is Symmetry.ORTHOGONAL and not group.folds
+        return dataclasses.replace(group, symmetry=Symmetry.ROTARY) if turns else group
     if group.symmetry is Symmetry.PERMUTATION:
         ways = scalings(held, space)
         return dataclasses.replace(group, symmetry=Symmetry.SCALED, scalings=ways) if ways else group
@@ -111,9 +116,10 @@ def enlarge(capture: Capture, plan: Plan, accepts: Callable[[Fold], bool] = lamb
     -------
     Plan
         Spaces below which others lie keep permutations. Where units may change sign, their signs are spaces
-        of their own, below them. Norm weights that are folded hold no space any more.
+        of their own, below them; dimensions that positions turn by pairs are spaces, too. Norm weights that
+        are folded hold no space any more.
     """
-    found = groups(capture, plan)
+    plan, found = _with_pairs(capture, plan)
     outer = {name for space in plan.spaces for name in space.scope}
     for name in outer & found.keys():
         found[name] = Group(Symmetry.PERMUTATION, reason="other spaces lie below its units")
@@ -141,6 +147,33 @@ def enlarge(capture: Capture, plan: Plan, accepts: Callable[[Fold], bool] = lamb
     return with_signs(capture, larger)
 
 
+def _with_pairs(capture: Capture, plan: Plan) -> tuple[Plan, dict[str, Group]]:
+    """Return a plan in which dimensions that positions turn by pairs are spaces, and all groups.
+
+    What else meets these dimensions must treat them alike in every basis. Where something does not (a norm
+    with a weight of its own per dimension), they stay fixed.
+    """
+    parts: Sequence[Rotary] = rotary_parts(capture) if plan.outputs else ()
+    while parts:
+        larger = make_plan(capture, plan.outputs, parts)
+        found = groups(capture, larger)
+        wrong = {
+            space.name
+            for space in larger.spaces
+            if space.symmetry is Symmetry.ROTARY and found[space.name].symmetry is not Symmetry.ROTARY
+        }
+        if not wrong:
+            return larger, found
+        parts = [part for part in larger.parts if not wrong & _turned(larger, part)]
+    return plan, groups(capture, plan)
+
+
+def _turned(plan: Plan, part: Rotary) -> set[str]:
+    """Return the spaces whose dimensions a part turns."""
+    ends = (block.axes[-1] for block in plan.activations.get(part.source, ()))
+    return {factor.space for end in ends if end is not None for factor in end.factors if factor.space}
+
+
 def _emptied(layout: ParameterLayout) -> ParameterLayout:
     axes = tuple(AxisBlock(0, (Factor("", size, 1),)) for size in layout.shape)
     return dataclasses.replace(layout, blocks=(Block(axes),))
@@ -151,6 +184,7 @@ class _SpaceGroup:
 
     def __init__(self, graph: Held, space: str) -> None:
         self.graph, self.space = graph, space
+        self.turning = frozenset[str]().union(*(part.inner for part in graph.plan.parts))
         self.squares: set[fx.Node] = set()
         self.followed: set[fx.Node] = set()  # units lie in them, but no layout is known
         self.scales: dict[fx.Node, tuple[str, str | None]] = {}  # normalised tensor: norm weight, bias
@@ -175,7 +209,7 @@ class _SpaceGroup:
     def _judge(self, node: fx.Node) -> None:
         operator = operator_name(node.target)
         operands = operands_of(node)
-        if operator in METADATA:
+        if operator in METADATA or node.name in self.turning:
             return
         if self._holds(node) and not any(self._holds(item) or item in self.followed for item in operands):
             raise self._refuse(node, "makes them, as copies that are alike")

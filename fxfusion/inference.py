@@ -12,10 +12,11 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
-from fxfusion.axes import Axis, Constant, Reason, is_free
+from fxfusion.axes import Axis, Constant, Leaf, Reason, is_free, resolve
 from fxfusion.capture import Capture, source_line
 from fxfusion.decomposition import Decomposer
 from fxfusion.errors import NotationError, RuleError
+from fxfusion.plan import Rotary
 from fxfusion.rules import Context, Typed, find_rule, operator_name
 from fxfusion.rules.context import Meaning
 from fxfusion.rules.meaning import apply, expose
@@ -41,6 +42,11 @@ class Inferred:
         One per node whose operator has no rule and that touched a free axis.
     meanings : dict of str to Meaning
         What the values of nodes say about units.
+    turned : dict of Leaf to tuple of (int, int)
+        Dimensions that are turned in pairs, and the pairs.
+    unsound : tuple of Rotary
+        Of the given parts, those that do more to the types that their operands have: nothing else holds
+        before inference has run without them.
     """
 
     parameters: dict[str, tuple[Axis, ...]]
@@ -48,9 +54,11 @@ class Inferred:
     context: Context
     ruleless: list[Reason]
     meanings: dict[str, Meaning] = dataclasses.field(default_factory=dict)
+    turned: dict[Leaf, tuple[tuple[int, int], ...]] = dataclasses.field(default_factory=dict)
+    unsound: tuple[Rotary, ...] = ()
 
 
-def infer(capture: Capture, outputs: frozenset[int]) -> Inferred:
+def infer(capture: Capture, outputs: frozenset[int], parts: Sequence[Rotary] = ()) -> Inferred:
     """Infer the axis types of a captured graph.
 
     Parameters
@@ -58,18 +66,23 @@ def infer(capture: Capture, outputs: frozenset[int]) -> Inferred:
     capture : Capture
     outputs : frozenset of int
         Flat positions of the outputs that must be kept: their axes are fixed.
+    parts : sequence of Rotary, optional
+        Parts of the graph that are taken as one operator, which keeps every axis.
 
     Returns
     -------
     Inferred
     """
-    return _Inference(capture, outputs).run()
+    return _Inference(capture, outputs, parts).run()
 
 
 class _Inference:
-    def __init__(self, capture: Capture, outputs: frozenset[int]) -> None:
+    def __init__(self, capture: Capture, outputs: frozenset[int], parts: Sequence[Rotary]) -> None:
         self.capture = capture
         self.outputs = outputs
+        self.parts = parts
+        self.sources = {part.result: part.source for part in parts}
+        self.within = frozenset[str]().union(*(part.inner for part in parts))
         self.context = Context()
         self.parameters: dict[str, tuple[Axis, ...]] = {}
         self.folded: dict[str, torch.Tensor] = {}
@@ -108,7 +121,25 @@ class _Inference:
             for node in self.capture.module.graph.nodes
             if isinstance(value := self.env[node], Typed) and value.meaning is not None
         }
-        return Inferred(self.parameters, tensors, self.context, list(self.ruleless.values()), meanings)
+        found = Inferred(self.parameters, tensors, self.context, list(self.ruleless.values()), meanings)
+        self._turned(found)
+        return found
+
+    def _turned(self, found: Inferred) -> None:
+        """Enter which dimensions are turned in pairs, and the parts for which that does not hold."""
+        unsound = []
+        for part in self.parts:
+            *leading, last = map(resolve, found.tensors[part.source])
+            fixed = not any(is_free(leading[axis]) for axis in part.varying)
+            if not is_free(last):
+                sound = fixed
+            elif isinstance(last, Leaf):
+                sound = fixed and found.turned.setdefault(last, part.planes) == part.planes
+            else:
+                sound = False
+            if not sound:
+                unsound.append(part)
+        found.unsound = tuple(unsound)
 
     def _give_up(self) -> None:
         """Freeze everything: types that have not settled may still lack a constraint."""
@@ -123,10 +154,15 @@ class _Inference:
         self.env = {}
         for axes in self.parameters.values():
             self.context.unifier.seal(axes)
+        nodes = {step.node.name: step.node for step in self._steps_of(self.capture.module)}
         for step in self._steps_of(self.capture.module):
             self.place = step.node.name
             self.context.enter(step.node.name, step.operator, step.source, step.shapes)
-            self.env[step.node] = _as_mask(step.node, self._visit(step))
+            if step.node.name in self.within:
+                source = self.sources.get(step.node.name)
+                self.env[step.node] = None if source is None else Typed(self.env[nodes[source]].axes)
+            else:
+                self.env[step.node] = _as_mask(step.node, self._visit(step))
 
     def _steps_of(self, module: fx.GraphModule) -> list[_Step]:
         if module not in self.steps:

@@ -26,6 +26,8 @@ class Symmetry(enum.Enum):
     """Permutations, a positive factor per unit, and a sign per unit."""
     SIGN = "sign"
     """The sign of one unit, in a space of one dimension below it."""
+    ROTARY = "rotations of pairs"
+    """A rotation of every pair of dimensions, which positions turn by pairs, too."""
     CENTRED = "orthogonal, mean fixed"
     """Rotations and reflections that leave alone the mean of the units."""
     ORTHOGONAL = "orthogonal"
@@ -41,7 +43,7 @@ class Symmetry(enum.Enum):
     @property
     def rotates(self) -> bool:
         """Whether the group holds rotations, other than signs of single units."""
-        return self in (Symmetry.CENTRED, Symmetry.ORTHOGONAL, Symmetry.LINEAR)
+        return self in (Symmetry.ROTARY, Symmetry.CENTRED, Symmetry.ORTHOGONAL, Symmetry.LINEAR)
 
     @property
     def turns(self) -> bool:
@@ -104,6 +106,8 @@ class Space:
     scope : tuple of str
         Names of the outer spaces, outermost first, whose every unit may move this space's units
         differently (head_dim below heads). Empty for a space that moves as a whole.
+    planes : tuple of (int, int)
+        Of rotations of pairs: the pairs.
     """
 
     name: str
@@ -111,6 +115,30 @@ class Space:
     symmetry: Symmetry
     incidences: tuple[Incidence, ...]
     scope: tuple[str, ...] = ()
+    planes: tuple[tuple[int, int], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rotary:
+    """A part of a graph that turns pairs of dimensions.
+
+    Attributes
+    ----------
+    source, result : str
+        Names of the nodes before it, and of its last; both of one shape.
+    inner : frozenset of str
+        Names of the nodes in between, and of the last; nobody else reads them.
+    planes : tuple of (int, int)
+        The pairs, of the last axis.
+    varying : tuple of int
+        Other axes along which the angles vary.
+    """
+
+    source: str
+    result: str
+    inner: frozenset[str]
+    planes: tuple[tuple[int, int], ...]
+    varying: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,6 +263,10 @@ class Plan:
         Norms whose weights must be folded before a space may turn (:mod:`fxfusion.folding`).
     scalings : tuple of Scaling
         How units may be scaled; of a space of invertible maps, where the inverse acts.
+    outputs : frozenset of int
+        Flat positions of the outputs that are kept.
+    parts : tuple of Rotary
+        Parts of the graph that turn pairs of dimensions.
     """
 
     spaces: tuple[Space, ...]
@@ -248,6 +280,8 @@ class Plan:
     products: frozenset[str] = frozenset()
     folds: tuple[Fold, ...] = ()
     scalings: tuple[Scaling, ...] = ()
+    outputs: frozenset[int] = frozenset()
+    parts: tuple[Rotary, ...] = dataclasses.field(default=(), repr=False)
 
     @property
     def rotates(self) -> bool:

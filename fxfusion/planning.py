@@ -16,14 +16,14 @@ from fxfusion.explain import Evidence, Step
 from fxfusion.flow import flow_graph
 from fxfusion.inference import Inferred, infer
 from fxfusion.layout import ActivationBlock, ParameterLayout, activation_blocks, lay_out, tensor_blocks
-from fxfusion.plan import Incidence, Limit, Plan, Role, Space, Symmetry
+from fxfusion.plan import Incidence, Limit, Plan, Role, Rotary, Space, Symmetry
 from fxfusion.rules.context import Use
 
 # Kinds of first causes that are no limits of inference.
 _EXPECTED = ("input", "output", "order", "constant", "unused")
 
 
-def make_plan(capture: Capture, outputs: frozenset[int]) -> Plan:
+def make_plan(capture: Capture, outputs: frozenset[int], parts: Sequence[Rotary] = ()) -> Plan:
     """Infer the spaces of a captured model.
 
     Parameters
@@ -31,13 +31,19 @@ def make_plan(capture: Capture, outputs: frozenset[int]) -> Plan:
     capture : Capture
     outputs : frozenset of int
         Flat positions of the outputs that must be kept.
+    parts : sequence of Rotary, optional
+        Parts of the graph that turn pairs of dimensions: these are spaces then, and otherwise fixed.
 
     Returns
     -------
     Plan
     """
     with _no_collection():
-        return _make_plan(capture, outputs)
+        while True:
+            inferred = infer(capture, outputs, parts)
+            if not inferred.unsound:
+                return _make_plan(capture, outputs, inferred, parts)
+            parts = [part for part in parts if part not in inferred.unsound]
 
 
 @contextlib.contextmanager
@@ -52,8 +58,9 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _make_plan(capture: Capture, outputs: frozenset[int]) -> Plan:
-    inferred = infer(capture, outputs)
+def _make_plan(
+    capture: Capture, outputs: frozenset[int], inferred: Inferred, parts: Sequence[Rotary]
+) -> Plan:
     read = {name: axes for name, axes in inferred.parameters.items() if name not in capture.unused}
     _fix_unread(inferred, read)
     held = frozenset(leaf for axes in read.values() for axis in axes for leaf in leaves_of(axis))
@@ -69,9 +76,10 @@ def _make_plan(capture: Capture, outputs: frozenset[int]) -> Plan:
         Space(
             name,
             leaf.size,
-            Symmetry.PERMUTATION if leaf in free else Symmetry.FIXED,
+            _symmetry(leaf, leaf in free, inferred),
             tuple(incidences[leaf]),
             tuple(names[outer] for outer in scopes.get(leaf, ())),
+            inferred.turned.get(leaf, ()),
         )
         for leaf, name in names.items()
     ]
@@ -100,7 +108,15 @@ def _make_plan(capture: Capture, outputs: frozenset[int]) -> Plan:
             for leaf in leaves_of(axis)
             if leaf in free
         ),
+        outputs=outputs,
+        parts=tuple(parts),
     )
+
+
+def _symmetry(leaf: Leaf, free: bool, inferred: Inferred) -> Symmetry:
+    if not free:
+        return Symmetry.FIXED
+    return Symmetry.ROTARY if leaf in inferred.turned else Symmetry.PERMUTATION
 
 
 def _fix_unread(inferred: Inferred, read: dict[str, tuple[Axis, ...]]) -> None:

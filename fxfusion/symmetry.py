@@ -20,7 +20,7 @@ from fxfusion.transport.map import (
     scope_dimensions,
     transport_tensor,
 )
-from fxfusion.transport.rotation import random_rotation
+from fxfusion.transport.rotation import random_rotation, turned
 
 
 def random_maps(plan: Plan, generator: torch.Generator) -> dict[str, Map]:
@@ -99,13 +99,17 @@ def _factors(sizes: Sequence[int], generator: torch.Generator) -> torch.Tensor:
 def _random_rotations(plan: Plan, space: Space, generator: torch.Generator) -> SoftMap:
     outer = [plan.scope_size(name) for name in space.scope]
     count = math.prod(outer)
+    if space.symmetry is Symmetry.ROTARY:
+        angles = 2 * math.pi * torch.rand(*outer, len(space.planes), generator=generator, dtype=torch.float64)
+        drawn = apart(turned(angles, space.planes, space.size), len(outer))
+        return SoftMap(space.scope, drawn, drawn)
     drawn = random_rotation(space.size, generator, space.symmetry is Symmetry.CENTRED, count)
     if space.symmetry is Symmetry.LINEAR:
         other = random_rotation(space.size, generator, count=count)
         drawn = drawn * _factors([count, 1, space.size], generator) @ other
         return invertible(space, drawn.reshape(*outer, space.size, space.size))
-    turned = apart(drawn.reshape(*outer, space.size, space.size), len(outer))
-    return SoftMap(space.scope, turned, turned)
+    drawn = apart(drawn.reshape(*outer, space.size, space.size), len(outer))
+    return SoftMap(space.scope, drawn, drawn)
 
 
 def _random_signs(plan: Plan, space: Space, generator: torch.Generator) -> SignMap:

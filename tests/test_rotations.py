@@ -76,8 +76,8 @@ SCALED = "permutation, positive scale"
 # of norms folded, and the group of the residual stream.
 KNOWN: dict[str, tuple[int, int, int, int, str]] = {
     "hf_vit": (5, 4, 0, 5, "orthogonal, mean fixed"),
-    # Rotary dimensions stay: they are pairs. What is gated has factors of any sign.
-    "llama": (3, 2, 2, 5, "orthogonal"),
+    # Rotary dimensions turn by pairs. What is gated has factors of any sign.
+    "llama": (5, 2, 2, 5, "orthogonal"),
     # After every sum a norm, whose weight is in the stream; and GELU in its head, before which is a factor.
     "bert": (4, 4, 1, 0, SCALED),
     # The head is the embedding, into which the last norm cannot go. Others have a factor after them.

@@ -217,7 +217,7 @@ def test_planted_signs_are_found(name: str, features: str, coupling: str) -> Non
         features=features,
         coupling=coupling,
         symmetry="largest",
-        repair=False,
+        repair="none",
     )
     merged = copy.deepcopy(model)
     merged.load_state_dict(result.state_dict())
@@ -232,8 +232,8 @@ def test_assignments_and_signs_are_the_best_together() -> None:
     prepared = fxfusion.prepare(parents[0], (x,))
     capture = state_of(prepared).capture
     plan = enlarge(capture, fxfusion.plan(prepared))
-    states = [capture.canonical(parent.state_dict()) for parent in parents]
-    found = align(plan, *states, Coupling()).maps
+    target, source = (capture.canonical(parent.state_dict()) for parent in parents)
+    found = align(plan, target, source, Coupling()).maps
     units, sign = (found[f"first.weight[0]{suffix}"] for suffix in ("", " sign"))
     assert isinstance(units, HardMap)
     assert isinstance(sign, SignMap)

@@ -1,8 +1,8 @@
 """What networks are trained on: images and text, models of any size, one training loop for all.
 
 ``digits`` comes with scikit-learn and needs no data folder; ``mnist``, ``cifar10``, ``gpt2``, ``llama`` and
-``bert`` read theirs from one (see :func:`load`). ``digits-resnet`` and ``cifar10-resnet`` are residual networks with
-batch normalisation on the same images, the others transformers.
+``bert`` read theirs from one (see :func:`load`). ``digits-resnet`` and ``cifar10-resnet`` are residual
+networks with batch normalisation on the same images, the others transformers.
 """
 
 from __future__ import annotations

@@ -483,6 +483,7 @@ def _soft(item: Map | None, plan: Plan, name: str) -> SoftMap:
     item = item if item is not None else _in_place(plan, name)
     if isinstance(item, SoftMap):
         return item
+    assert isinstance(item, HardMap), "signs are of the largest group, which flows exclude"
     sizes, size = item.index.shape[:-1], item.index.shape[-1]
     write = torch.nn.functional.one_hot(item.index, size).float()  # [target outer..., n, n]
     for axis, outer in enumerate(sizes):  # alike for every source outer unit: the outer map picks

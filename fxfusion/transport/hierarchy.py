@@ -18,7 +18,7 @@ from fxfusion.errors import OptionError
 from fxfusion.plan import Plan, Space, Symmetry
 from fxfusion.transport.assignment import Masses, assign, assign_groups, auction, emd, partial
 from fxfusion.transport.map import HardMap, Map, SignMap, SoftMap, apart, in_order
-from fxfusion.transport.rotation import procrustes
+from fxfusion.transport.rotation import planar, procrustes
 from fxfusion.transport.sinkhorn import sinkhorn
 
 
@@ -296,7 +296,10 @@ def solve_tree(
         shape = Shape.of(plan, space)
         cost = with_children(plan, tree, space, costs[space.name], solved)
         if space.symmetry.turns:
-            turned, gained = procrustes(-cost.matrix, space.symmetry is Symmetry.CENTRED)
+            if space.symmetry is Symmetry.ROTARY:
+                turned, gained = planar(-cost.matrix, space.planes)
+            else:
+                turned, gained = procrustes(-cost.matrix, space.symmetry is Symmetry.CENTRED)
             solved[space.name] = Solution(None, turned, cost.offset - gained, rotation=True)
             continue
         flat = cost.matrix.reshape(-1, shape.size, shape.source_size)

@@ -115,9 +115,11 @@ def align(
 
 
 def _permuting(plan: Plan) -> Plan:
-    """Return a plan without rotations, other than signs of single units."""
+    """Return a plan without rotations, but those of pairs, whose dimensions may not be permuted."""
     spaces = (
-        dataclasses.replace(space, symmetry=Symmetry.PERMUTATION) if space.symmetry.rotates else space
+        dataclasses.replace(space, symmetry=Symmetry.PERMUTATION)
+        if space.symmetry.rotates and space.symmetry is not Symmetry.ROTARY
+        else space
         for space in plan.spaces
     )
     return dataclasses.replace(plan, spaces=tuple(spaces))

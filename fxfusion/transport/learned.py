@@ -43,7 +43,7 @@ from fxfusion.symmetry import act
 from fxfusion.transport.assignment import assign
 from fxfusion.transport.hierarchy import Coupling
 from fxfusion.transport.map import HardMap, Map, SoftMap, apart
-from fxfusion.transport.rotation import complement
+from fxfusion.transport.rotation import complement, turned
 
 State = Mapping[str, torch.Tensor]
 
@@ -147,8 +147,26 @@ class _Turn:
         if self.centred:
             basis = complement(self.space.size).to(skew)
             rotation = basis @ rotation @ basis.mT + 1.0 / self.space.size
-        turned = apart(rotation, len(self.space.scope))
-        return SoftMap(self.space.scope, turned, turned)
+        found = apart(rotation, len(self.space.scope))
+        return SoftMap(self.space.scope, found, found)
+
+    def final(self, parameter: torch.Tensor) -> Map:
+        """Return the transport to keep."""
+        return self.map(parameter.double(), 1.0)
+
+
+class _Angles:
+    """A rotation of every pair of dimensions, per unit of the outer spaces, near the identity."""
+
+    def __init__(self, plan: Plan, space: Space, device: torch.device) -> None:
+        self.space = space
+        outer = [plan.scope_size(name) for name in space.scope]
+        self.parameter = torch.zeros(*outer, len(space.planes), device=device, requires_grad=True)
+
+    def map(self, parameter: torch.Tensor, hardness: float) -> Map:
+        """Return the transport at a value of the parameter, in its precision."""
+        found = apart(turned(parameter, self.space.planes, self.space.size), len(self.space.scope))
+        return SoftMap(self.space.scope, found, found)
 
     def final(self, parameter: torch.Tensor) -> Map:
         """Return the transport to keep."""
@@ -221,12 +239,14 @@ class _Swap(_Blend):
         return HardMap(self.space.scope, index.reshape(parameter.shape[:-1]).to(parameter.device))
 
 
-_Element = _Turn | _Invertible | _Swap | _Blend
+_Element = _Turn | _Angles | _Invertible | _Swap | _Blend
 
 
 def _element(plan: Plan, space: Space, device: torch.device, margin: float, soft: bool) -> _Element:
     if space.symmetry is Symmetry.LINEAR:
         return _Invertible(plan, space, device)
+    if space.symmetry is Symmetry.ROTARY:
+        return _Angles(plan, space, device)
     if space.symmetry.rotates:
         return _Turn(plan, space, device)
     return (_Blend if soft else _Swap)(plan, space, device, margin)

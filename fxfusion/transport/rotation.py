@@ -8,6 +8,8 @@ would have a null direction of which rounding decides.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -56,6 +58,57 @@ def procrustes(cross: torch.Tensor, centred: bool = False) -> tuple[torch.Tensor
         left, _, right = torch.linalg.svd(cross)
         rotation = left @ right
     return rotation, (rotation * cross).sum((-2, -1))
+
+
+def planar(cross: torch.Tensor, planes: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rotations of pairs of dimensions closest to cross-moments.
+
+    Of one pair, ``[[c, -s], [s, c]]`` with ``c`` and ``s`` as the sum of the diagonal of its cross-moments is
+    to the difference across.
+
+    Parameters
+    ----------
+    cross : torch.Tensor
+        ``[..., n, n]``.
+    planes : sequence of (int, int)
+        The pairs.
+
+    Returns
+    -------
+    rotation, value
+        float64 ``[..., n, n]``, and their inner products with ``cross``: ``[...]``.
+
+    Examples
+    --------
+    >>> rotation, value = planar(torch.tensor([[0.0, -3.0], [3.0, 0.0]]), [(0, 1)])
+    >>> rotation.round().int().tolist(), float(value)
+    ([[0, -1], [1, 0]], 6.0)
+    """
+    cross = cross.double()
+    first, second = torch.tensor(planes, device=cross.device).T
+    along = cross[..., first, first] + cross[..., second, second]
+    across = cross[..., second, first] - cross[..., first, second]
+    return turned(torch.atan2(across, along), planes, cross.shape[-1]), torch.hypot(along, across).sum(-1)
+
+
+def turned(angles: torch.Tensor, planes: Sequence[tuple[int, int]], size: int) -> torch.Tensor:
+    """Return rotations of pairs of dimensions by angles ``[..., pairs]``: ``[..., size, size]``.
+
+    Examples
+    --------
+    >>> turned(torch.tensor([torch.pi / 2]), [(0, 2)], 3).round().int()
+    tensor([[ 0,  0, -1],
+            [ 0,  1,  0],
+            [ 1,  0,  0]], dtype=torch.int32)
+    """
+    first, second = torch.tensor(planes, device=angles.device).T
+    rows = torch.cat([first, second, first, second])
+    columns = torch.cat([first, second, second, first])
+    cosine, sine = angles.cos(), angles.sin()
+    eye = torch.eye(size, dtype=angles.dtype, device=angles.device)
+    values = torch.cat([cosine, cosine, -sine, sine], -1)
+    found = eye.expand(*angles.shape[:-1], size, size).clone().movedim((-2, -1), (0, 1))
+    return found.index_put((rows, columns), values.movedim(-1, 0)).movedim((0, 1), (-2, -1))
 
 
 def random_rotation(
