@@ -90,7 +90,7 @@ class _Search:
         for node in self.order:
             if node in self.changing and operator_name(node.target) in _ENDS and node not in taken:
                 part = self._part(node)
-                if part is not None:
+                if part is not None and not taken.intersection(part[1]):
                     source, nodes = part
                     turned = self._turned(source, nodes)
                     if turned is not None:
