@@ -24,6 +24,7 @@ from fxfusion.layout import Block
 from fxfusion.plan import Plan, Space, Symmetry
 from fxfusion.statistics import CrossMoments
 from fxfusion.symmetry import reading_axes
+from fxfusion.transport.coupled import Square
 from fxfusion.transport.hierarchy import Ground, Shape, Solution, Tree, pairs
 from fxfusion.transport.map import Maps, innermost, scope_dimensions, transport_block
 
@@ -152,6 +153,7 @@ class WeightCost:
         maps: Maps,
         solutions: Mapping[str, Solution],
         partial: bool = False,
+        squares: bool = True,
     ) -> dict[str, Ground]:
         """Return the cost of every space of a tree.
 
@@ -165,6 +167,8 @@ class WeightCost:
             Solutions found so far of the tree's own spaces.
         partial : bool
             Leave out what holds an unsolved space, where anything else is left.
+        squares : bool
+            Compare what :meth:`squares` returns, too, along one axis at a time.
 
         Returns
         -------
@@ -183,6 +187,8 @@ class WeightCost:
             for block, other in zip(self.plan.layouts[name].blocks, others, strict=True):
                 if skip and self._unsolved(block, tree, frozenset(maps)):
                     continue
+                if not squares and self._twice(block, tree) is not None:
+                    continue
                 carried = transport_block(
                     other,
                     other.view(right.value),
@@ -197,6 +203,43 @@ class WeightCost:
                         self._compare(total[space], place, tree, *views, maps, solutions)
         scale = 0.5 / self._features(tree, shapes)
         return {name: found.ground(scale, name in turning) for name, found in total.items()}
+
+    def squares(self, tree: Tree, maps: Maps) -> tuple[list[Square], float]:
+        """Return the parameters that hold the root of a tree on two axes, and their squared lengths.
+
+        Their inner products are in units of cost: with both, half the squared distance along either axis.
+        """
+        shapes = {space.name: Shape.of(self.plan, space) for space in tree.members}
+        root, found, lengths = shapes[tree.root.name], [], 0.0
+        if tree.root.scope or root.size != root.source_size:
+            return [], 0.0
+        scale = 2.0 / self._features(tree, shapes)
+        for name in self.parameters(tree):
+            left, right = self._comparable(0, name), self._comparable(1, name)
+            others = self.plan.source.layouts[name].blocks
+            for block, other in zip(self.plan.layouts[name].blocks, others, strict=True):
+                twice = self._twice(block, tree)
+                if twice is None or left is None or right is None:
+                    continue
+                reading = self._reading.get(name, frozenset())
+                carried = transport_block(other, other.view(right.value), maps, reading, skip=tree.names)
+                sides = []
+                for view, factor in ((block.view(left.value), left.scale), (carried, right.scale)):
+                    units = view.movedim(twice, (0, 1)).reshape(root.size, root.size, -1)
+                    sides.append(units.double() * (factor * math.sqrt(scale)))
+                found.append(Square(sides[0], sides[1], self._is_signed(block, tree)))
+                lengths += 0.5 * sum(float(side.square().sum()) for side in sides)
+        return found, lengths
+
+    def _twice(self, block: Block, tree: Tree) -> tuple[int, int] | None:
+        """Return the two dimensions of a block that hold the root of a tree, if signs act on both or none."""
+        places = [index for index, factor in enumerate(block.factors) if factor.space == tree.root.name]
+        signs = [factor.space for factor in block.factors if factor.space in tree.names - {tree.root.name}]
+        alike = len(signs) in (0, 2) and len(set(signs)) < 2
+        return (places[0], places[1]) if len(places) == 2 and alike else None
+
+    def _is_signed(self, block: Block, tree: Tree) -> bool:
+        return any(factor.space in tree.names - {tree.root.name} for factor in block.factors)
 
     def _features(self, tree: Tree, shapes: Mapping[str, Shape]) -> float:
         """Return the mean number of weights by which an innermost unit of a tree is compared."""

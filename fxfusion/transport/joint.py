@@ -15,11 +15,14 @@ import functools
 import time
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from fxfusion.plan import Plan, Symmetry
 from fxfusion.processes import current
 from fxfusion.progress import Progress, silent
 from fxfusion.statistics import CrossMoments
 from fxfusion.transport.cost import MEMORY, State, WeightCost
+from fxfusion.transport.coupled import Quadratic, Square
 from fxfusion.transport.hierarchy import (
     Coupling,
     Ground,
@@ -251,10 +254,13 @@ class _Solver:
 
     def improved(self, tree: Tree) -> _Found:
         """Solve a tree anew given all other transports; there are solutions if they cost less."""
-        costs = self.weights.costs(tree, self.alignment.maps, self.solutions)
+        squares, lengths = self._squares(tree)
+        costs = self.weights.costs(tree, self.alignment.maps, self.solutions, squares=not squares)
         if tree.root.name in self.observed:
             for space in tree.members:
                 costs[space.name] += self.observed[space.name]
+        if squares:
+            return self._coupled(tree, costs, squares, lengths)
         old = new = costs_of(self.plan, tree, costs, self.solutions)
         least = _IMPROVEMENT * sum(Shape.of(self.plan, space).units for space in tree.members)
         improved = False
@@ -264,6 +270,51 @@ class _Solver:
             improved = new[tree.root.name] < old[tree.root.name] - least
         before = costs_in_place(self.plan, tree, costs)
         return _Found(solved, before, new) if improved else _Found(None, before, old)
+
+    def _squares(self, tree: Tree) -> tuple[list[Square], float]:
+        """Return what holds a tree's units on two axes, where they are assigned one to one."""
+        coupling = self.coupling.of(tree.root.name)
+        hard = coupling.regularisation is None and coupling.share == 1
+        assigned = self.solutions[tree.root.name].index is not None
+        unsigned = [space for space in tree.members[1:] if space.symmetry is not Symmetry.SIGN]
+        if not (hard and assigned) or unsigned or len(tree.members) > 2:
+            return [], 0.0
+        return self.weights.squares(tree, self.alignment.maps)
+
+    def _coupled(
+        self, tree: Tree, costs: Mapping[str, Ground], squares: Sequence[Square], lengths: float
+    ) -> _Found:
+        """Solve a tree whose units some parameter holds on two axes, by the Frank-Wolfe method."""
+        root, *signs = (space.name for space in tree.members)
+        shape = Shape.of(self.plan, tree.root)
+        plain = costs[root].matrix.reshape(shape.size, shape.size)
+        signed = torch.zeros_like(plain)
+        for name in signs:
+            plain = plain + torch.as_tensor(costs[name].offset).reshape(shape.size, -1)
+            signed = costs[name].matrix.reshape(shape.size, shape.size)
+        problem = Quadratic(plain, signed, squares, bool(signs))
+        index = self.solutions[root].index
+        assert index is not None
+        index = index.reshape(-1)
+        chosen = torch.ones_like(plain[0])
+        for name in signs:
+            known = self.solutions[name].plan
+            assert known is not None
+            chosen = known.reshape(shape.size, -1).gather(1, index.unsqueeze(1)).squeeze(1).sign()
+        start = time.perf_counter()
+        found = problem.solve(index, chosen)
+        self.alignment.solving += time.perf_counter() - start
+        own = torch.arange(shape.size, device=index.device)
+        below = dict.fromkeys(signs, 0.0)  # what signs cost is in their units' cost
+        before = {root: problem.value(own, torch.ones_like(plain[0])) + lengths, **below}
+        old, new = problem.value(index, chosen) + lengths, found.value + lengths
+        if new >= old - _IMPROVEMENT * shape.size:
+            return _Found(None, before, {root: old, **below})
+        solved = {root: Solution(found.index.reshape(shape.cost[:4]), None, plain.new_zeros(1, 1, 1))}
+        for name in signs:
+            table = found.signs.unsqueeze(1).expand(-1, shape.size).reshape(1, shape.size, shape.size, 1, 1)
+            solved[name] = Solution(None, table, torch.zeros_like(table[..., 0, 0]), rotation=True)
+        return _Found(solved, before, {root: new, **below})
 
     def _solve(self, tree: Tree, costs: Mapping[str, Ground]) -> dict[str, Solution]:
         start = time.perf_counter()
