@@ -164,7 +164,7 @@ def _with_pairs(capture: Capture, plan: Plan) -> tuple[Plan, dict[str, Group]]:
         }
         if not wrong:
             return larger, found
-        parts = [part for part in larger.parts if not wrong & _turned(larger, part)]
+        parts = [part for part in larger.rotary if not wrong & _turned(larger, part)]
     return plan, groups(capture, plan)
 
 
@@ -184,7 +184,7 @@ class _SpaceGroup:
 
     def __init__(self, graph: Held, space: str) -> None:
         self.graph, self.space = graph, space
-        self.turning = frozenset[str]().union(*(part.inner for part in graph.plan.parts))
+        self.turning = frozenset[str]().union(*(part.inner for part in graph.plan.rotary))
         self.squares: set[fx.Node] = set()
         self.followed: set[fx.Node] = set()  # units lie in them, but no layout is known
         self.scales: dict[fx.Node, tuple[str, str | None]] = {}  # normalised tensor: norm weight, bias

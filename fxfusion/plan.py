@@ -265,7 +265,7 @@ class Plan:
         How units may be scaled; of a space of invertible maps, where the inverse acts.
     outputs : frozenset of int
         Flat positions of the outputs that are kept.
-    parts : tuple of Rotary
+    rotary : tuple of Rotary
         Parts of the graph that turn pairs of dimensions.
     """
 
@@ -281,7 +281,7 @@ class Plan:
     folds: tuple[Fold, ...] = ()
     scalings: tuple[Scaling, ...] = ()
     outputs: frozenset[int] = frozenset()
-    parts: tuple[Rotary, ...] = dataclasses.field(default=(), repr=False)
+    rotary: tuple[Rotary, ...] = dataclasses.field(default=(), repr=False)
 
     @property
     def rotates(self) -> bool:

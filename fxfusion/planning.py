@@ -109,7 +109,7 @@ def _make_plan(
             if leaf in free
         ),
         outputs=outputs,
-        parts=tuple(parts),
+        rotary=tuple(parts),
     )
 
 

@@ -7,11 +7,13 @@ queries and keys alike.
 
 Nothing here knows how a model writes it. A part of the graph between two nodes of one shape that is made of
 products with constants, sums, and what moves elements about is a linear map, the same for all samples. It is
-run on unit vectors, and where its matrices turn pairs of dimensions, the part is taken as one operator.
+run on unit vectors, which says what pairs of dimensions meet, and on random ones: where it commutes with all
+rotations of these pairs, the part is taken as one operator.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from operator import getitem
 from typing import Any
@@ -35,6 +37,7 @@ _MOVING = frozenset(
 )
 _LARGEST = 40  # nodes
 _WIDEST = 1024  # dimensions
+_ROUNDS = 8
 _TOLERANCE = 1e-5
 
 
@@ -165,23 +168,46 @@ class _Search:
         shape = _shape(source)
         if not shape or not 2 <= shape[-1] <= _WIDEST:
             return None
-        eye = torch.eye(shape[-1], dtype=torch.float64)
         try:
-            columns = [self._run(source, nodes, row.expand(shape)) for row in eye]
-            drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-            given = self._run(source, nodes, drawn)
+            planes = self._meeting(source, nodes, shape)
+            if planes is None:
+                return None
+            generator = torch.Generator().manual_seed(0)
+            drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+            angles = 2 * torch.pi * torch.rand(*shape[:-1], len(planes), generator=generator, dtype=torch.float64)
+            # It must commute with rotations of its pairs that differ from place to place.
+            after = _turn(self._run(source, nodes, drawn), angles, planes)
+            if not torch.allclose(self._run(source, nodes, _turn(drawn, angles, planes)), after, atol=_TOLERANCE):
+                return None
+            varying = []
+            for axis in range(len(shape) - 1):
+                found = self._run(source, nodes, drawn.narrow(axis, 0, 1).expand(shape))
+                if not torch.allclose(found, found.narrow(axis, 0, 1), atol=_TOLERANCE):
+                    varying.append(axis)
         except (_UnknownError, RuntimeError, TypeError, ValueError, IndexError):
             return None
-        matrices = torch.stack(columns, -1)  # [..., out, in]
-        if not torch.allclose((matrices @ drawn.unsqueeze(-1)).squeeze(-1), given, atol=_TOLERANCE):
-            return None  # it mixes more than the last axis
-        planes = _planes(matrices)
-        varying = tuple(
-            axis
-            for axis in range(len(shape) - 1)
-            if not torch.allclose(matrices, matrices.narrow(axis, 0, 1), atol=_TOLERANCE)
-        )
-        return None if planes is None else (planes, varying)
+        return planes, tuple(varying)
+
+    def _meeting(
+        self, source: fx.Node, nodes: Sequence[fx.Node], shape: tuple[int, ...]
+    ) -> tuple[tuple[int, int], ...] | None:
+        """Return the pairs of dimensions that meet; None if any meets more than one other, or none.
+
+        Unit vectors lie side by side along the other axes, each at several places: somewhere no angle is zero.
+        """
+        size, places = shape[-1], math.prod(shape[:-1])
+        rounds = min(max(_ROUNDS, 4 * size // places), size)
+        stride = size // rounds | 1
+        met = torch.zeros(size, size, dtype=torch.int64)
+        for number in range(rounds):
+            which = (torch.arange(places) + number * stride) % size
+            units = torch.nn.functional.one_hot(which, size).double().reshape(shape)
+            met.index_add_(0, which, (self._run(source, nodes, units) != 0).reshape(places, size).long())
+        met.fill_diagonal_(0)
+        partners, alone = met.argmax(-1), torch.arange(size)
+        if not bool(((met > 0).sum(-1) == 1).all()) or not torch.equal(partners[partners], alone):
+            return None
+        return tuple((index, int(other)) for index, other in enumerate(partners) if index < other)
 
     def _run(self, source: fx.Node, nodes: Sequence[fx.Node], value: torch.Tensor) -> torch.Tensor:
         values: dict[fx.Node, Any] = {source: value}
@@ -226,23 +252,14 @@ class _UnknownError(Exception):
     """A value is not known before the graph runs."""
 
 
-def _planes(matrices: torch.Tensor) -> tuple[tuple[int, int], ...] | None:
-    """Return the pairs of dimensions within which matrices ``[..., n, n]`` turn and stretch, if they do."""
-    flat = matrices.flatten(0, -3)
-    meeting = (flat.abs() > _TOLERANCE).any(0)
-    meeting.fill_diagonal_(False)
-    count = meeting.shape[-1]
-    partners = meeting.int().argmax(-1)
-    alone = torch.arange(count)
-    if not bool((meeting.sum(-1) == 1).all()) or not torch.equal(partners[partners], alone):
-        return None
-    diagonal = flat.diagonal(dim1=-2, dim2=-1)
-    across = flat[:, alone, partners]
-    turns = torch.allclose(diagonal, diagonal[:, partners], atol=_TOLERANCE) and torch.allclose(
-        across, -across[:, partners], atol=_TOLERANCE
-    )
-    pairs = tuple((index, int(other)) for index, other in enumerate(partners) if index < other)
-    return pairs if turns else None
+def _turn(x: torch.Tensor, angles: torch.Tensor, planes: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """Turn pairs of dimensions of a tensor ``[..., n]`` by angles ``[..., pairs]``."""
+    first, second = torch.tensor(planes).T
+    cosine, sine = angles.cos(), angles.sin()
+    result = x.clone()
+    result[..., first] = cosine * x[..., first] - sine * x[..., second]
+    result[..., second] = sine * x[..., first] + cosine * x[..., second]
+    return result
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """Spaces that a parameter holds on two axes: a recurrent layer writes the units that it reads.
 
-Where both axes move together, the cost of an assignment is quadratic: how well two units match depends on what
-the others are matched with. The Frank-Wolfe method relaxes assignments to doubly stochastic matrices,
+Where both axes move together, the cost of an assignment is quadratic: how well two units match depends on
+what the others are matched with. The Frank-Wolfe method relaxes assignments to doubly stochastic matrices,
 goes again and again towards the assignment that is best for the cost's gradient, as far as the cost falls,
 and takes the assignment that is closest to where it ends (Vogelstein et al., Fast Approximate Quadratic
 Programming for Graph Matching, PLoS ONE 2015). Units that may change sign are matched by signed permutation
