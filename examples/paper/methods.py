@@ -35,13 +35,14 @@ def fuse(
     like: nn.Module,
     samples: int = 200,
     features: str = "activations",
+    batch: int = 100,
     **options: Any,
 ) -> nn.Module:
     """Return the fusion of networks as an instance of the class, of the size of ``like``."""
     calibrated = features == "activations" or "repair" in options
     learning = options.get("refine")
     labelled = learning is not None and learning.labels > 0
-    seen = task.calibration(samples, labelled) if calibrated else None
+    seen = task.calibration(samples, labelled, batch) if calibrated else None
     result = fxfusion.fuse(models, kwargs=task.example(), calibration=seen, features=features, **options)
     return loaded(like, result.state_dict())
 

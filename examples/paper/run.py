@@ -73,9 +73,11 @@ class Study:
     picture : Path
         Where a picture goes.
     only : str
-        Part of the names of what is trained on; all by default.
+        Part of the names of stages that are shown, or of what is trained on; all by default.
     also : str
         What transports are learned with besides: ``soft`` couplings, ``labels``; separated by commas.
+    batch : int
+        Unlabelled samples in one step of learning.
     """
 
     task: Task
@@ -88,6 +90,7 @@ class Study:
     refined_on: int = 2000
     only: str = ""
     also: str = ""
+    batch: int = 100
 
     def parent(self, seed: int, size: Size | None = None) -> nn.Module:
         """Return a trained network."""
@@ -101,7 +104,8 @@ class Study:
     @property
     def learning(self) -> dict[str, Any]:
         """Options of a fusion whose transports are learned."""
-        return {"method": "learned", "refine": self.refinement, "samples": self.refined_on}
+        size = {"samples": self.refined_on, "batch": self.batch}
+        return {"method": "learned", "refine": self.refinement, **size}
 
     def learned_otherwise(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield further ways to learn, by name."""
@@ -174,7 +178,7 @@ def stages(study: Study) -> Scores:
             ("learned", study.learning),
             *study.learned_otherwise(),
         )
-        for name, options in settings:
+        for name, options in (item for item in settings if study.only in item[0]):
             with Measured() as cost:
                 fused = fuse(study.task, [left, right], right, **options)
             accuracy, loss = study.task.score(fused)
@@ -505,10 +509,11 @@ def main(
     untie: Annotated[bool, typer.Option(help="Untie the output embeddings of trained parents.")] = False,
     refine: Annotated[int, typer.Option(help="Steps in which transports are learned.")] = 400,
     samples: Annotated[int, typer.Option(help="Unlabelled samples that they are learned on.")] = 2000,
-    only: Annotated[str, typer.Option(help="Train on what has this in its name alone.")] = "",
+    only: Annotated[str, typer.Option(help="Stages, or what is trained on: with this in their names.")] = "",
     also: Annotated[
         str, typer.Option(help="Learn with these, too: 'soft' couplings, 'labels' (half of the loss).")
     ] = "",
+    batch: Annotated[int, typer.Option(min=1, help="Samples in one step of learning.")] = 100,
     checkpoints: Annotated[Path | None, typer.Option(help="Where parents are kept.")] = None,
     output: Annotated[Path | None, typer.Option(help="Markdown file to write the table to.")] = None,
 ) -> None:
@@ -523,7 +528,7 @@ def main(
     picture = place / f"landscape-{task}.png"
     learning = fxfusion.Refinement(steps=refine)
     rate = tuning_rate or found.rate / 3
-    study = Study(found, pairs, checkpoints, tuning_steps, rate, picture, learning, samples, only, also)
+    study = Study(found, pairs, checkpoints, tuning_steps, rate, picture, learning, samples, only, also, batch)
     scores = TABLES[table](study)
     shown = Table("network", *_columns(scores), title=f"{table}, {task}")
     for row in _cells(scores):

@@ -115,12 +115,14 @@ class Task:
         """Return inputs to capture a network with."""
         return {self.inputs: self.train[0][:2], **({"use_cache": False} if self.name in CAUSAL else {})}
 
-    def calibration(self, count: int, labelled: bool = False) -> list[dict[str, torch.Tensor]]:
+    def calibration(
+        self, count: int, labelled: bool = False, batch: int = 100
+    ) -> list[dict[str, torch.Tensor]]:
         """Return examples in batches, drawn from the training data; with their labels if that is wanted."""
         order = torch.randperm(len(self.train[0]), generator=torch.Generator().manual_seed(0))[:count]
         names = (self.inputs, "labels")[: 1 + labelled]
-        columns = [tensor[order].split(100) for tensor in self.train]
-        return [dict(zip(names, batch, strict=False)) for batch in zip(*columns, strict=True)]
+        columns = [tensor[order].split(batch) for tensor in self.train]
+        return [dict(zip(names, examples, strict=False)) for examples in zip(*columns, strict=True)]
 
     def logits(self, model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
         """Return a network's logits."""
