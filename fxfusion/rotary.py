@@ -174,10 +174,12 @@ class _Search:
                 return None
             generator = torch.Generator().manual_seed(0)
             drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
-            angles = 2 * torch.pi * torch.rand(*shape[:-1], len(planes), generator=generator, dtype=torch.float64)
+            angles = torch.rand(*shape[:-1], len(planes), generator=generator, dtype=torch.float64)
+            angles *= 2 * torch.pi
             # It must commute with rotations of its pairs that differ from place to place.
             after = _turn(self._run(source, nodes, drawn), angles, planes)
-            if not torch.allclose(self._run(source, nodes, _turn(drawn, angles, planes)), after, atol=_TOLERANCE):
+            before = self._run(source, nodes, _turn(drawn, angles, planes))
+            if not torch.allclose(before, after, atol=_TOLERANCE):
                 return None
             varying = []
             for axis in range(len(shape) - 1):
@@ -193,7 +195,7 @@ class _Search:
     ) -> tuple[tuple[int, int], ...] | None:
         """Return the pairs of dimensions that meet; None if any meets more than one other, or none.
 
-        Unit vectors lie side by side along the other axes, each at several places: somewhere no angle is zero.
+        Unit vectors lie side by side along the other axes, each at several places: not all angles are zero.
         """
         size, places = shape[-1], math.prod(shape[:-1])
         rounds = min(max(_ROUNDS, 4 * size // places), size)

@@ -528,7 +528,9 @@ def main(
     picture = place / f"landscape-{task}.png"
     learning = fxfusion.Refinement(steps=refine)
     rate = tuning_rate or found.rate / 3
-    study = Study(found, pairs, checkpoints, tuning_steps, rate, picture, learning, samples, only, also, batch)
+    study = Study(
+        found, pairs, checkpoints, tuning_steps, rate, picture, learning, samples, only, also, batch
+    )
     scores = TABLES[table](study)
     shown = Table("network", *_columns(scores), title=f"{table}, {task}")
     for row in _cells(scores):
