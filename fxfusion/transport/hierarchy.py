@@ -361,10 +361,11 @@ def to_maps(plan: Plan, tree: Tree, solved: Mapping[str, Solution]) -> dict[str,
         sizes = [plan.scope_size(name) for name in space.scope]
         above = maps.get(space.scope[-1]) if space.scope else None
         if space.symmetry is Symmetry.SIGN and isinstance(above, HardMap):
-            assert solution.plan is not None
-            matched = _matched_outer(plan, space, maps, solution.plan.device)
-            picked = solution.plan.flatten(2).gather(2, matched.unsqueeze(-1))
-            maps[space.name] = SignMap(space.scope, picked.sign().to(torch.int8).reshape(*sizes, 1))
+            picked = torch.ones(sizes)
+            if solution.plan is not None:
+                matched = _matched_outer(plan, space, maps, solution.plan.device)
+                picked = solution.plan.flatten(2).gather(2, matched.unsqueeze(-1)).sign()
+            maps[space.name] = SignMap(space.scope, picked.to(torch.int8).reshape(*sizes, 1))
             continue
         if solution.plan is not None:
             others = [plan.source.scope_size(name) for name in space.scope]
