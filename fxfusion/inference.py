@@ -129,7 +129,11 @@ class _Inference:
         """Enter which dimensions are turned in pairs, and the parts for which that does not hold."""
         unsound = []
         for part in self.parts:
-            *leading, last = map(resolve, found.tensors[part.source])
+            axes = found.tensors.get(part.source)
+            if axes is None:  # a parameter that is turned itself
+                unsound.append(part)
+                continue
+            *leading, last = map(resolve, axes)
             fixed = not any(is_free(leading[axis]) for axis in part.varying)
             if not is_free(last):
                 sound = fixed

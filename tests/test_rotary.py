@@ -198,6 +198,36 @@ def test_what_is_read_on_the_way_is_not_taken_as_one() -> None:
     assert rotary_parts(state_of(prepared).capture) == ()
 
 
+def test_a_parameter_that_is_turned() -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.queries = nn.Parameter(torch.randn(5, 8))
+            self.keys = nn.Linear(3, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (halves(self.queries) @ self.keys(x).mT).softmax(-1) @ x
+
+    model, x = Turned(), torch.randn(2, 6, 3)
+    prepared = fxfusion.prepare(model, (x,))
+    capture = state_of(prepared).capture
+    plan = enlarge(capture, fxfusion.plan(prepared))
+    assert pairs(plan) == []
+    assert certify_plan(capture, plan, capture.canonical(model.state_dict()), frozenset({0})).ok
+
+
+def test_what_is_said_of_turned_parameters() -> None:
+    """Every axis has its explanation, and the picture its nodes."""
+    _, plan = largest(Attention())
+    (space,) = pairs(plan)
+    for name in plan.parameters:
+        for axis in plan.explain(name):
+            assert axis.parts
+    assert any(part.space == space.name for part in plan.explain("k.weight", 0)[0].parts)
+    shown = [facts["symmetry"] for _, facts in plan.graph.nodes(data=True) if facts["kind"] == "space"]
+    assert "rotations of pairs" in shown
+
+
 def test_positions_that_are_given_keep_dimensions_in_place() -> None:
     class Given(nn.Module):
         def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
