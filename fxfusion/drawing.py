@@ -39,6 +39,8 @@ _SYMMETRY_STYLES = {
     "permutation, positive scale": "scale",
     "permutation, sign": "scale",
     "permutation, scale": "scale",
+    "sign": "scale",
+    "rotations of pairs": "orthogonal",
     "orthogonal": "orthogonal",
     "orthogonal, mean fixed": "orthogonal",
     "general linear": "linear",
