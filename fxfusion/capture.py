@@ -14,6 +14,7 @@ import dataclasses
 import inspect
 import io
 import keyword
+import operator
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -455,9 +456,7 @@ def tied_groups(model: Model) -> list[tuple[str, ...]]:
 
 def _identity(tensor: torch.Tensor) -> Any:
     """Two tensors are one if they are the same object or the same memory seen alike."""
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    if tensor.is_meta or isinstance(tensor, FakeTensor) or tensor.numel() == 0:
+    if not is_real(tensor) or tensor.numel() == 0:
         return id(tensor)
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
@@ -480,6 +479,25 @@ def _output_names(module: fx.GraphModule) -> tuple[str, ...]:
         key = path[0] if path else None
         names.append(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", "output")))))
     return tuple(names)
+
+
+def attribute(module: torch.nn.Module, target: str) -> Any:
+    """Return what a graph's ``get_attr`` node names."""
+    return operator.attrgetter(target)(module)
+
+
+def is_real(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor has values."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return not tensor.is_meta and not isinstance(tensor, FakeTensor)
+
+
+def hint(value: Any) -> Any:
+    """Return the size that the example has where the graph is symbolic."""
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return value.node.hint
+    return value
 
 
 def source_line(node: fx.Node) -> str:

@@ -7,7 +7,6 @@ activations exist, and what depends on no parameter (masks, positions) is comput
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch.utils._pytree as pytree
 from torch import fx
 from torch.export import ExportedProgram
 
-from fxfusion.capture import Capture, Model, source_line
+from fxfusion.capture import Capture, Model, attribute, source_line
 from fxfusion.devices import device_of, onto
 from fxfusion.errors import CalibrationMismatchError, InputError
 from fxfusion.rules.registry import operator_name
@@ -101,7 +100,7 @@ class Program:
         self._dead = _last_uses(self.nodes)
         self.shared = _parameter_free(self.nodes, capture)
         self._constants = {
-            node: _attribute(capture.module, str(node.target))
+            node: attribute(capture.module, str(node.target))
             for node in self.nodes
             if node.op == "get_attr" and node in self.shared
         }
@@ -382,10 +381,6 @@ def _last_uses(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     for item, node in last.items():
         dead.setdefault(node, []).append(item)
     return dead
-
-
-def _attribute(module: torch.nn.Module, target: str) -> Any:
-    return operator.attrgetter(target)(module)
 
 
 def _refusal(error: Exception, place: str) -> Exception:

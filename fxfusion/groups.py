@@ -138,13 +138,13 @@ def enlarge(capture: Capture, plan: Plan, accepts: Callable[[Fold], bool] = lamb
     )
     layouts = {name: _emptied(layout) if name in folded else layout for name, layout in plan.layouts.items()}
     ways = tuple(way for group in found.values() for way in group.scalings)
+    larger = dataclasses.replace(plan, spaces=spaces, layouts=layouts, folds=folds, scalings=ways)
+    larger = with_signs(capture, larger)
     graph = plan.graph.copy()
-    for space in spaces:
-        graph.nodes[space_node(space.name)]["symmetry"] = space.symmetry.value
-    larger = dataclasses.replace(
-        plan, spaces=spaces, layouts=layouts, folds=folds, scalings=ways, graph=graph
-    )
-    return with_signs(capture, larger)
+    for space in larger.spaces:
+        if space.symmetry is not Symmetry.SIGN:  # what is drawn of a sign is at its units
+            graph.nodes[space_node(space.name)]["symmetry"] = space.symmetry.value
+    return dataclasses.replace(larger, graph=graph)
 
 
 def _with_pairs(capture: Capture, plan: Plan) -> tuple[Plan, dict[str, Group]]:
@@ -184,7 +184,6 @@ class _SpaceGroup:
 
     def __init__(self, graph: Held, space: str) -> None:
         self.graph, self.space = graph, space
-        self.turning = frozenset[str]().union(*(part.inner for part in graph.plan.rotary))
         self.squares: set[fx.Node] = set()
         self.followed: set[fx.Node] = set()  # units lie in them, but no layout is known
         self.scales: dict[fx.Node, tuple[str, str | None]] = {}  # normalised tensor: norm weight, bias
@@ -209,7 +208,7 @@ class _SpaceGroup:
     def _judge(self, node: fx.Node) -> None:
         operator = operator_name(node.target)
         operands = operands_of(node)
-        if operator in METADATA or node.name in self.turning:
+        if operator in METADATA or node.name in self.graph.turning:
             return
         if self._holds(node) and not any(self._holds(item) or item in self.followed for item in operands):
             raise self._refuse(node, "makes them, as copies that are alike")

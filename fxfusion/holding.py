@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
-from fxfusion.capture import Capture
+from fxfusion.capture import Capture, hint
 from fxfusion.layout import AxisBlock
 from fxfusion.plan import Plan
 from fxfusion.rules.registry import operator_name
@@ -31,11 +34,18 @@ def operands_of(node: fx.Node) -> list[fx.Node]:
     return [item for item in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(item, fx.Node)]
 
 
+def sizes_of(item: Any) -> list[Any]:
+    """Return a tensor's sizes on the example; none of what is no tensor."""
+    value = item.meta.get("val") if isinstance(item, fx.Node) else None
+    return list(map(hint, value.shape)) if isinstance(value, torch.Tensor) else []
+
+
 class Held:
     """Which axes of every tensor of a graph hold which space."""
 
     def __init__(self, capture: Capture, plan: Plan) -> None:
         self.plan = plan
+        self.turning = frozenset[str]().union(*(part.inner for part in plan.rotary))
         self.parameters: dict[fx.Node, str] = {}
         self.axes: dict[fx.Node, list[list[AxisBlock]]] = {}
         self.nodes: dict[str, list[fx.Node]] = {}  # that hold a space or read a node that does

@@ -13,7 +13,7 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from fxfusion.axes import Axis, Constant, Leaf, Reason, is_free, resolve
-from fxfusion.capture import Capture, source_line
+from fxfusion.capture import Capture, attribute, hint, is_real, source_line
 from fxfusion.decomposition import Decomposer
 from fxfusion.errors import NotationError, RuleError
 from fxfusion.plan import Rotary
@@ -81,8 +81,9 @@ class _Inference:
         self.capture = capture
         self.outputs = outputs
         self.parts = parts
-        self.sources = {part.result: part.source for part in parts}
-        self.within = frozenset[str]().union(*(part.inner for part in parts))
+        named = {node.name: node for node in capture.module.graph.nodes} if parts else {}
+        self.sources = {named[part.result]: named[part.source] for part in parts}
+        self.within = {named[name] for part in parts for name in part.inner}
         self.context = Context()
         self.parameters: dict[str, tuple[Axis, ...]] = {}
         self.folded: dict[str, torch.Tensor] = {}
@@ -158,13 +159,12 @@ class _Inference:
         self.env = {}
         for axes in self.parameters.values():
             self.context.unifier.seal(axes)
-        nodes = {step.node.name: step.node for step in self._steps_of(self.capture.module)}
         for step in self._steps_of(self.capture.module):
             self.place = step.node.name
             self.context.enter(step.node.name, step.operator, step.source, step.shapes)
-            if step.node.name in self.within:
-                source = self.sources.get(step.node.name)
-                self.env[step.node] = None if source is None else Typed(self.env[nodes[source]].axes)
+            if step.node in self.within:
+                source = self.sources.get(step.node)
+                self.env[step.node] = None if source is None else Typed(self.env[source].axes)
             else:
                 self.env[step.node] = _as_mask(step.node, self._visit(step))
 
@@ -186,7 +186,7 @@ class _Inference:
     def _call(self, step: _Step) -> Any:
         node = step.node
         if not step.shapes:
-            return _hint(node.meta.get("val"))
+            return hint(node.meta.get("val"))
         if node.target is getitem:
             source = self.env[node.args[0]]  # type: ignore[index]
             return source[node.args[1]]
@@ -207,12 +207,12 @@ class _Inference:
         name = self.capture.aliases.get(str(node.target), str(node.target))
         if name in self.parameters:
             return Typed(self.parameters[name], name, frozenset([name]))
-        value = _get(self.capture.module, str(node.target))
+        value = attribute(self.capture.module, str(node.target))
         return self._constant(node, value) if isinstance(value, torch.Tensor) else value
 
     def _constant(self, node: fx.Node, value: torch.Tensor) -> Typed:
         """Type a constant by where its values vary."""
-        known = _is_real(value) and value.numel() <= LARGEST_FOLDED
+        known = is_real(value) and value.numel() <= LARGEST_FOLDED
         if self.place not in self.uniform:
             self.uniform[self.place] = [
                 size <= 1 or (known and bool((value == value.narrow(axis, 0, 1)).all()))
@@ -268,7 +268,7 @@ class _Inference:
         if len(self.inside) == DEEPEST_DECOMPOSITION:
             return None
         args, kwargs = fx.map_arg((tuple(node.args), dict(node.kwargs)), lambda item: item.meta.get("val"))
-        args, kwargs = pytree.tree_map(_hint, (args, kwargs))
+        args, kwargs = pytree.tree_map(hint, (args, kwargs))
         graph = self.decomposer(node.target, args, kwargs, _read_outputs(node))
         if graph is None:
             return None
@@ -299,7 +299,7 @@ class _Inference:
                 self.env[node] = next(given)
                 continue
             if node.op == "get_attr":
-                constant = _get(graph, str(node.target))
+                constant = attribute(graph, str(node.target))
                 value = self._constant(node, constant) if step.shapes else constant
             else:
                 value = self._call(step)
@@ -379,7 +379,7 @@ class _Inference:
                 result = node.target(*args, **kwargs)  # type: ignore[operator]
         except Exception:  # it cannot be evaluated alone: its rule types it
             return None
-        return result if isinstance(result, torch.Tensor) and _is_real(result) else None
+        return result if isinstance(result, torch.Tensor) and is_real(result) else None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -398,7 +398,7 @@ def _step(node: fx.Node) -> _Step:
     value = node.meta.get("val")
     values = value if isinstance(value, (list, tuple)) else [value]
     tensors = [item for item in values if isinstance(item, torch.Tensor)]
-    shapes = [tuple(1 if _is_unknown(size) else int(_hint(size)) for size in item.shape) for item in tensors]
+    shapes = [tuple(1 if _is_unknown(size) else int(hint(size)) for size in item.shape) for item in tensors]
     met = [*tensors, *(item.meta.get("val") for item in node.all_input_nodes)]
     unknown = any(
         _is_unknown(size)
@@ -432,22 +432,3 @@ def _read_outputs(node: fx.Node) -> frozenset[int] | None:
     ):
         return None
     return frozenset(user.args[1] for user in node.users)  # type: ignore[misc]
-
-
-def _hint(value: Any) -> Any:
-    """Return the size that the example has where the graph is symbolic."""
-    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return value.node.hint
-    return value
-
-
-def _is_real(tensor: torch.Tensor) -> bool:
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return not tensor.is_meta and not isinstance(tensor, FakeTensor)
-
-
-def _get(module: torch.nn.Module, target: str) -> Any:
-    for name in target.split("."):
-        module = getattr(module, name)
-    return module

@@ -22,10 +22,11 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
-from fxfusion.capture import Capture
-from fxfusion.holding import METADATA
+from fxfusion.capture import Capture, attribute, hint, is_real
+from fxfusion.holding import METADATA, sizes_of
 from fxfusion.plan import Rotary
 from fxfusion.rules.registry import operator_name
+from fxfusion.transport.rotation import turn
 
 _ENDS = frozenset(["add", "sub", "cat", "stack", "view", "reshape", "_unsafe_view", "flatten"])
 _MOVING = frozenset(
@@ -177,8 +178,8 @@ class _Search:
             angles = torch.rand(*shape[:-1], len(planes), generator=generator, dtype=torch.float64)
             angles *= 2 * torch.pi
             # It must commute with rotations of its pairs that differ from place to place.
-            after = _turn(self._run(source, nodes, drawn), angles, planes)
-            before = self._run(source, nodes, _turn(drawn, angles, planes))
+            after = turn(self._run(source, nodes, drawn), angles, planes)
+            before = self._run(source, nodes, turn(drawn, angles, planes))
             if not torch.allclose(before, after, atol=_TOLERANCE):
                 return None
             varying = []
@@ -235,10 +236,12 @@ class _Search:
             value = item.meta.get("val")
             if item in self.values:
                 pending.pop()
-            elif isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-                self.values[item] = value.node.hint
+            elif hint(value) is not value:
+                self.values[item] = hint(value)
             elif item.op == "get_attr" and item not in self.changing:
-                self.values[item] = _real(_attribute(self.capture.module, str(item.target)))
+                self.values[item] = found = attribute(self.capture.module, str(item.target))
+                if isinstance(found, torch.Tensor) and not is_real(found):
+                    raise _UnknownError
             elif item.op != "call_function" or item in self.changing or "rand" in str(item.target):
                 raise _UnknownError
             elif missing := [other for other in item.all_input_nodes if other not in self.values]:
@@ -254,36 +257,12 @@ class _UnknownError(Exception):
     """A value is not known before the graph runs."""
 
 
-def _turn(x: torch.Tensor, angles: torch.Tensor, planes: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """Turn pairs of dimensions of a tensor ``[..., n]`` by angles ``[..., pairs]``."""
-    first, second = torch.tensor(planes).T
-    cosine, sine = angles.cos(), angles.sin()
-    result = x.clone()
-    result[..., first] = cosine * x[..., first] - sine * x[..., second]
-    result[..., second] = sine * x[..., first] + cosine * x[..., second]
-    return result
-
-
 def _shape(node: fx.Node) -> tuple[int, ...]:
+    """Return the shape of a tensor of real numbers on the example; none of what is no such tensor."""
     value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-        return ()
-    return tuple(size.node.hint if isinstance(size, torch.SymInt) else int(size) for size in value.shape)
+    real = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return tuple(sizes_of(node)) if real else ()
 
 
 def _is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), (torch.Tensor, list, tuple))
-
-
-def _attribute(module: torch.nn.Module, target: str) -> Any:
-    for name in target.split("."):
-        module = getattr(module, name)
-    return module
-
-
-def _real(value: Any) -> Any:
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    if isinstance(value, torch.Tensor) and (value.is_meta or isinstance(value, FakeTensor)):
-        raise _UnknownError
-    return value

@@ -22,7 +22,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
-from fxfusion.holding import KEEPING, METADATA, Held, operands_of
+from fxfusion.capture import hint
+from fxfusion.holding import KEEPING, METADATA, Held, operands_of, sizes_of
 from fxfusion.layout import AxisBlock
 from fxfusion.plan import Scaling
 from fxfusion.rules.registry import operator_name
@@ -303,7 +304,7 @@ class Search:
         if groups == 1:
             read = self._keys(weight, 1)
             return self._relate((taken, 1), (read, 1)) and self._relate((written, 1), (given, -1))
-        depthwise = _sizes(weight)[:1] == _sizes(x)[1:2] == [groups]
+        depthwise = sizes_of(weight)[:1] == sizes_of(x)[1:2] == [groups]
         return depthwise and self._relate((taken, 1), (written, 1), (given, -1))
 
     def _multiplied(self, node: fx.Node, operator: str) -> bool:
@@ -312,7 +313,7 @@ class Search:
         if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
             return False
         read, written = (-1, 0) if operator == "linear" else (-2, -1)
-        if operator != "linear" and min(len(_sizes(left)), len(_sizes(right))) < 2:
+        if operator != "linear" and min(len(sizes_of(left)), len(sizes_of(right))) < 2:
             return False
         if not self._added(node, bias if operator in ("linear", "addmm") else None):
             return False
@@ -366,7 +367,7 @@ class Search:
         return self.labels[node]
 
     def _own_label(self, node: fx.Node) -> torch.Tensor | None:
-        keys, sizes = self._keys(node), _sizes(node)
+        keys, sizes = self._keys(node), sizes_of(node)
         if len({axis for _, axis, _ in keys}) != 1 or math.prod(sizes) > _LARGEST_TRACED:
             return None  # an element has one label
         label = torch.full(sizes, -1, dtype=torch.int64)
@@ -408,24 +409,13 @@ class Search:
 
         def given(item: fx.Node) -> Any:
             if not _has_elements(item):
-                return _number(item.meta.get("val"))
+                return hint(item.meta.get("val"))
             label = self._label(item)
-            return torch.full(_sizes(item), -1, dtype=torch.int64) if label is None else label
+            return torch.full(sizes_of(item), -1, dtype=torch.int64) if label is None else label
 
         args, kwargs = fx.map_arg((node.args, node.kwargs), given)
         target: Callable[..., Any] = node.target  # type: ignore[assignment]
         return target(*args, **kwargs)
-
-
-def _sizes(item: Any) -> list[Any]:
-    """Return a tensor's sizes on the example; none of what is no tensor."""
-    value = item.meta.get("val") if isinstance(item, fx.Node) else None
-    return [_number(size) for size in value.shape] if isinstance(value, torch.Tensor) else []
-
-
-def _number(value: Any) -> Any:
-    """Return the example's value of a symbolic size."""
-    return value.node.hint if isinstance(value, torch.SymInt) else value
 
 
 def _has_elements(item: fx.Node) -> bool:

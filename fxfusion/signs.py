@@ -16,11 +16,11 @@ import functools
 import itertools
 import operator
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from torch import fx
 
 from fxfusion.capture import Capture
-from fxfusion.flow import space_node
 from fxfusion.holding import Held
 from fxfusion.layout import ActivationBlock, AxisBlock, Block, Factor
 from fxfusion.plan import Incidence, Place, Plan, Space, Symmetry
@@ -36,6 +36,7 @@ _EVEN = frozenset(["abs", "cos", "cosh", "sinc"])
 _LINEAR = frozenset(["avg_pool3d", "adaptive_avg_pool3d"])
 _ORDERED = frozenset(["maximum", "minimum", "prelu"])
 _CENTRING = frozenset(["layer_norm", "native_layer_norm", "group_norm"])
+_Block = TypeVar("_Block", Block, ActivationBlock)
 _MOST_WAYS = 5  # beyond, only single ones are looked at
 
 _SIGNED = {Symmetry.PERMUTATION: Symmetry.SIGNED, Symmetry.SCALED: Symmetry.MONOMIAL}
@@ -120,8 +121,10 @@ class _Parities(Search):
 
 
 def _is_symmetric(node: fx.Node) -> bool:
-    low, high = (*node.args[1:3], -1.0, 1.0)[:2] if len(node.args) < 3 else node.args[1:3]
-    return isinstance(low, (int, float)) and isinstance(high, (int, float)) and low == -high
+    low = node.args[1] if len(node.args) > 1 else -1.0
+    high = node.args[2] if len(node.args) > 2 else 1.0
+    numbers = isinstance(low, (int, float)) and isinstance(high, (int, float))
+    return numbers and not node.kwargs and low == -high  # type: ignore[operator]
 
 
 def _parities(held: Held, space: str) -> list[_Odd]:
@@ -169,54 +172,35 @@ def _inserted(plan: Plan, found: Mapping[str, Sequence[_Odd]]) -> Plan:
     """Put the signs of units into all that holds them."""
     names: dict[tuple[str, Place], str] = {}  # of a sign, by the space of its units and where it acts
     spaces: list[Space] = []
-    graph = plan.graph.copy()
     for space in plan.spaces:
         ways = found.get(space.name, ())
-        if not ways:
-            spaces.append(space)
-            continue
-        symmetry = _SIGNED[space.symmetry]
-        graph.nodes[space_node(space.name)]["symmetry"] = symmetry.value
-        spaces.append(dataclasses.replace(space, symmetry=symmetry))
+        spaces.append(dataclasses.replace(space, symmetry=_SIGNED[space.symmetry]) if ways else space)
         for number, way in enumerate(ways):
             name = f"{space.name} sign" + (f" {number + 1}" if number else "")
             names.update({(space.name, place): name for place in way.places})
             places = tuple(_incidences(plan, space, way))
             spaces.append(Space(name, 1, Symmetry.SIGN, places, (*space.scope, space.name)))
 
-    def signed(holder: str, axis: int, part: AxisBlock | None) -> AxisBlock | None:
-        if part is None:
-            return None
-        factors: list[Factor] = []
-        for factor in part.factors:
-            factors.append(factor)
-            sign = names.get((factor.space, (holder, axis, part.offset)))
-            if sign is not None:
-                factors.append(Factor(sign, 1, factor.stride))
-        return AxisBlock(part.offset, tuple(factors))
+    def signed(holder: str, block: _Block) -> _Block:
+        axes = []
+        for axis, part in enumerate(block.axes):
+            factors: list[Factor] = []
+            for factor in part.factors if part is not None else ():
+                factors.append(factor)
+                sign = names.get((factor.space, (holder, axis, part.offset)))  # type: ignore[union-attr]
+                if sign is not None:
+                    factors.append(Factor(sign, 1, factor.stride))
+            axes.append(part and AxisBlock(part.offset, tuple(factors)))
+        return dataclasses.replace(block, axes=tuple(axes))
 
     layouts = {
-        name: dataclasses.replace(
-            layout,
-            blocks=tuple(
-                Block(tuple(signed(name, axis, part) for axis, part in enumerate(block.axes)))  # type: ignore[misc]
-                for block in layout.blocks
-            ),
-        )
+        name: dataclasses.replace(layout, blocks=tuple(signed(name, block) for block in layout.blocks))
         for name, layout in plan.layouts.items()
     }
     activations = {
-        name: [
-            ActivationBlock(
-                tuple(signed(name, axis, part) for axis, part in enumerate(block.axes)), block.sizes
-            )
-            for block in blocks
-        ]
-        for name, blocks in plan.activations.items()
+        name: [signed(name, block) for block in blocks] for name, blocks in plan.activations.items()
     }
-    return dataclasses.replace(
-        plan, spaces=tuple(spaces), layouts=layouts, activations=activations, graph=graph
-    )
+    return dataclasses.replace(plan, spaces=tuple(spaces), layouts=layouts, activations=activations)
 
 
 def _incidences(plan: Plan, space: Space, way: _Odd) -> Iterator[Incidence]:

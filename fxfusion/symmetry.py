@@ -36,16 +36,15 @@ def random_maps(plan: Plan, generator: torch.Generator) -> dict[str, Map]:
     dict of str to HardMap, SignMap or SoftMap
         One permutation, rotation or invertible map per space and, below outer spaces, per unit of those.
     """
-    return {
-        space.name: (
-            _random_rotations(plan, space, generator)
-            if space.symmetry.rotates
-            else _random_signs(plan, space, generator)
-            if space.symmetry is Symmetry.SIGN
-            else _random_permutations(plan, space, generator)
-        )
-        for space in plan.spaces
-    }
+    return {space.name: _random_map(plan, space, generator) for space in plan.spaces}
+
+
+def _random_map(plan: Plan, space: Space, generator: torch.Generator) -> Map:
+    if space.symmetry.rotates:
+        return _random_rotations(plan, space, generator)
+    if space.symmetry is Symmetry.SIGN:
+        return _random_signs(plan, space, generator)
+    return _random_permutations(plan, space, generator)
 
 
 class Acted(Mapping[str, torch.Tensor]):
@@ -276,7 +275,8 @@ def fill(
         ``moved`` itself where all mass was transported.
     """
     missing = {name for name, item in maps.items() if isinstance(item, SoftMap) and item.partial}
-    shares = {name: item for name, item in maps.items() if plan[name].symmetry is not Symmetry.SIGN}
+    signs = {space.name for space in plan.spaces if space.symmetry is Symmetry.SIGN}
+    shares = {name: item for name, item in maps.items() if name not in signs}
     filled = dict(moved)
     for name, layout in plan.layouts.items():
         if not layout.spaces() & missing:

@@ -19,9 +19,11 @@ from fxfusion.rotary import rotary_parts
 from fxfusion.state import state_of
 from fxfusion.symmetry import complete, random_element
 from fxfusion.transport.rotation import planar, turned
+from tests.test_scaling import largest
 
 HALVES = ((0, 4), (1, 5), (2, 6), (3, 7))
 NEIGHBOURS = ((0, 1), (2, 3), (4, 5), (6, 7))
+INPUTS = torch.randn(3, 5, 12)
 FREQUENCIES = 0.7 ** torch.arange(4)
 
 
@@ -102,18 +104,6 @@ class Attention(nn.Module):
         return self.o(mixed.transpose(1, 2).reshape(batch, length, 16))
 
 
-def largest(model: nn.Module) -> tuple[Callable[[Plan], float], Plan]:
-    """Return how much a random element of a plan's group changes a model, and its plan."""
-    prepared = fxfusion.prepare(model.eval(), (torch.randn(3, 5, 12),))
-    capture = state_of(prepared).capture
-    weights = capture.canonical(model.state_dict())
-
-    def change(plan: Plan) -> float:
-        return certify_plan(capture, plan, weights, frozenset({0}), diagnose=False).max_relative_error
-
-    return change, enlarge(capture, fxfusion.plan(prepared))
-
-
 def pairs(plan: Plan) -> list[Space]:
     return [space for space in plan if space.symmetry is Symmetry.ROTARY]
 
@@ -140,7 +130,7 @@ def test_what_turns_by_pairs(
     turn: Callable[[torch.Tensor], torch.Tensor], planes: tuple[tuple[int, int], ...] | None
 ) -> None:
     torch.manual_seed(0)
-    change, plan = largest(Attention(turn))
+    change, plan = largest(Attention(turn), INPUTS)
     found = pairs(plan)
     assert [space.planes for space in found] == ([] if planes is None else [planes])
     assert change(plan) < 1e-12
@@ -163,7 +153,7 @@ def test_parts_of_the_dimensions_turn() -> None:
         return torch.cat([halves(x[..., :4]), x[..., 4:]], -1)
 
     torch.manual_seed(0)
-    change, plan = largest(Attention(first))
+    change, plan = largest(Attention(first), INPUTS)
     (space,) = pairs(plan)
     assert space.planes == ((0, 2), (1, 3))
     rest = [item.symmetry for item in plan if item.size == 4 and item is not space]
@@ -173,16 +163,16 @@ def test_parts_of_the_dimensions_turn() -> None:
 
 def test_queries_and_keys_must_agree() -> None:
     """Where pairs of queries are not those of keys, nothing may act but the identity."""
-    change, plan = largest(Attention(halves, neighbours))
+    change, plan = largest(Attention(halves, neighbours), INPUTS)
     assert pairs(plan) == []
     assert change(plan) < 1e-12
-    change, plan = largest(Attention(halves, lambda x: x))
+    change, plan = largest(Attention(halves, lambda x: x), INPUTS)
     assert [space.planes for space in pairs(plan)] == [HALVES]
     assert change(plan) < 1e-12
 
 
 def test_a_norm_with_weights_keeps_dimensions_in_place() -> None:
-    change, plan = largest(Attention(norm=True))
+    change, plan = largest(Attention(norm=True), INPUTS)
     assert pairs(plan) == []
     assert change(plan) < 1e-12
 
@@ -218,7 +208,7 @@ def test_a_parameter_that_is_turned() -> None:
 
 def test_what_is_said_of_turned_parameters() -> None:
     """Every axis has its explanation, and the picture its nodes."""
-    _, plan = largest(Attention())
+    _, plan = largest(Attention(), INPUTS)
     (space,) = pairs(plan)
     for name in plan.parameters:
         for axis in plan.explain(name):

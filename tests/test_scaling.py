@@ -57,15 +57,15 @@ class Split(nn.Module):
         return self.out(mixed.transpose(1, 2).reshape(batch, length, 8))
 
 
-def largest(model: nn.Module, *args: torch.Tensor) -> tuple[Callable[[], float], Plan]:
-    """Return how much a random element of the largest group changes a model, and its plan."""
+def largest(model: nn.Module, *args: torch.Tensor) -> tuple[Callable[..., float], Plan]:
+    """Return how much a random element of the largest group, or of another plan's, changes a model."""
     prepared = fxfusion.prepare(model.eval(), args)
     capture = state_of(prepared).capture
     plan = enlarge(capture, fxfusion.plan(prepared))
     weights = capture.canonical(model.state_dict())
 
-    def change() -> float:
-        return certify_plan(capture, plan, weights, frozenset({0}), diagnose=False).max_relative_error
+    def change(other: Plan = plan) -> float:
+        return certify_plan(capture, other, weights, frozenset({0}), diagnose=False).max_relative_error
 
     return change, plan
 

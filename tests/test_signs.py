@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn import functional
 
 import fxfusion
-from fxfusion.certify import certify_plan
 from fxfusion.groups import enlarge
 from fxfusion.layout import Block
 from fxfusion.plan import Plan, Symmetry
@@ -22,7 +21,7 @@ from fxfusion.symmetry import complete, random_element
 from fxfusion.transport.hierarchy import Coupling
 from fxfusion.transport.joint import align
 from fxfusion.transport.map import HardMap, SignMap
-from tests.test_scaling import Layers, batch_norm
+from tests.test_scaling import Layers, batch_norm, largest
 
 
 class Gated(nn.Module):
@@ -63,18 +62,6 @@ class Function(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Run."""
         return self.last(self.function(self.first(x)))
-
-
-def largest(model: nn.Module, x: torch.Tensor) -> tuple[Callable[[Plan], float], Plan]:
-    """Return how much a random element of a plan's group changes a model, and its plan."""
-    prepared = fxfusion.prepare(model.eval(), (x,))
-    capture = state_of(prepared).capture
-    weights = capture.canonical(model.state_dict())
-
-    def change(plan: Plan) -> float:
-        return certify_plan(capture, plan, weights, frozenset({0}), diagnose=False).max_relative_error
-
-    return change, enlarge(capture, fxfusion.plan(prepared))
 
 
 def signs(plan: Plan) -> list[set[str]]:

@@ -434,7 +434,7 @@ def _text(name: str, data: Path) -> Task:
     ]
     vocabulary = len(characters) + 1  # the last one hides
     if name in CAUSAL:
-        make, hidden = (_gpt2, 384) if name == "gpt2" else (_llama, 256)
+        make, inner = (_gpt2, 384) if name == "gpt2" else (_llama, 256)
         shifted = [functional.pad(part[:, 1:], (0, 1), value=IGNORED) for part in parts]
         return Task(
             name,
@@ -442,7 +442,7 @@ def _text(name: str, data: Path) -> Task:
             (parts[0], shifted[0]),
             (parts[1], shifted[1]),
             make(vocabulary, length),
-            Size(96, 4, hidden, 3),
+            Size(96, 4, inner, 3),
             2000,
         )
     hidden = [_hide(part, vocabulary - 1, seed) for seed, part in enumerate(parts)]

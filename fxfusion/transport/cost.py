@@ -26,7 +26,7 @@ from fxfusion.statistics import CrossMoments
 from fxfusion.symmetry import reading_axes
 from fxfusion.transport.coupled import Square
 from fxfusion.transport.hierarchy import Ground, Shape, Solution, Tree, pairs
-from fxfusion.transport.map import Maps, innermost, scope_dimensions, transport_block
+from fxfusion.transport.map import Maps, innermost, laid_out, scope_dimensions, transport_block
 
 State = Mapping[str, torch.Tensor]
 
@@ -209,37 +209,38 @@ class WeightCost:
 
         Their inner products are in units of cost: with both, half the squared distance along either axis.
         """
+        held = {
+            name: [self._twice(block, tree) for block in self.plan.layouts[name].blocks]
+            for name in self.parameters(tree)
+        }
         shapes = {space.name: Shape.of(self.plan, space) for space in tree.members}
         root, found, lengths = shapes[tree.root.name], [], 0.0
-        if tree.root.scope or root.size != root.source_size:
+        if tree.root.scope or root.size != root.source_size or not any(map(any, held.values())):
             return [], 0.0
         scale = 2.0 / self._features(tree, shapes)
-        for name in self.parameters(tree):
+        for name in (name for name, places in held.items() if any(places)):  # others are not read
             left, right = self._comparable(0, name), self._comparable(1, name)
-            others = self.plan.source.layouts[name].blocks
-            for block, other in zip(self.plan.layouts[name].blocks, others, strict=True):
-                twice = self._twice(block, tree)
+            blocks = zip(self.plan.layouts[name].blocks, self.plan.source.layouts[name].blocks, strict=True)
+            for (block, other), twice in zip(blocks, held[name], strict=True):
                 if twice is None or left is None or right is None:
                     continue
                 reading = self._reading.get(name, frozenset())
                 carried = transport_block(other, other.view(right.value), maps, reading, skip=tree.names)
                 sides = []
                 for view, factor in ((block.view(left.value), left.scale), (carried, right.scale)):
-                    units = view.movedim(twice, (0, 1)).reshape(root.size, root.size, -1)
+                    units = view.movedim(twice.dimensions, (0, 1)).reshape(root.size, root.size, -1)
                     sides.append(units.double() * (factor * math.sqrt(scale)))
-                found.append(Square(sides[0], sides[1], self._is_signed(block, tree)))
+                found.append(Square(sides[0], sides[1], twice.signed))
                 lengths += 0.5 * sum(float(side.square().sum()) for side in sides)
         return found, lengths
 
-    def _twice(self, block: Block, tree: Tree) -> tuple[int, int] | None:
-        """Return the two dimensions of a block that hold the root of a tree, if signs act on both or none."""
+    def _twice(self, block: Block, tree: Tree) -> _Twice | None:
+        """Return where a block holds the root of a tree on two axes, if signs act on both or on none."""
         places = [index for index, factor in enumerate(block.factors) if factor.space == tree.root.name]
-        signs = [factor.space for factor in block.factors if factor.space in tree.names - {tree.root.name}]
+        below = tree.names - {tree.root.name}
+        signs = [factor.space for factor in block.factors if factor.space in below]
         alike = len(signs) in (0, 2) and len(set(signs)) < 2
-        return (places[0], places[1]) if len(places) == 2 and alike else None
-
-    def _is_signed(self, block: Block, tree: Tree) -> bool:
-        return any(factor.space in tree.names - {tree.root.name} for factor in block.factors)
+        return _Twice((places[0], places[1]), bool(signs)) if len(places) == 2 and alike else None
 
     def _features(self, tree: Tree, shapes: Mapping[str, Shape]) -> float:
         """Return the mean number of weights by which an innermost unit of a tree is compared."""
@@ -329,16 +330,20 @@ def _apply_row(
     outer = [view.shape[place] for place in scope]
     row = row.reshape(*outer, *row.shape[2:])
     if solution.index is not None:
-        order = sorted(range(len(scope) + 1), key=[*scope, dimension].__getitem__)
-        shape = [1] * view.ndim
-        for place, size in zip([*scope, dimension], row.shape, strict=True):
-            shape[place] = size
-        return torch.take_along_dim(view, row.permute(order).reshape(shape), dimension)
+        return torch.take_along_dim(view, laid_out(row, [*scope, dimension], view.ndim), dimension)
     if not solution.rotation:
         row = row / row.sum(-1, keepdim=True)
     labels = list(range(view.ndim))
     result = [view.ndim if place == dimension else place for place in labels]
     return torch.einsum(view, labels, row.to(view.dtype), [*scope, view.ndim, dimension], result)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Twice:
+    """The two dimensions of a block that hold one space, and whether signs of its units act there."""
+
+    dimensions: tuple[int, int]
+    signed: bool
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -16,6 +16,7 @@ Learning Latent Permutations with Gumbel-Sinkhorn Networks, ICLR 2018.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import hashlib
 import itertools
@@ -129,7 +130,22 @@ class Refined:
     steps: int
 
 
-class _Turn:
+class _Element(abc.ABC):
+    """What transports of one space are learned by: a parameter, at first for none."""
+
+    space: Space
+    parameter: torch.Tensor
+
+    @abc.abstractmethod
+    def map(self, parameter: torch.Tensor, hardness: float) -> Map:
+        """Return the transport at a value of the parameter, in its precision."""
+
+    def final(self, parameter: torch.Tensor) -> Map:
+        """Return the transport to keep."""
+        return self.map(parameter.double(), 1.0)
+
+
+class _Turn(_Element):
     """A rotation per unit of the outer spaces, near the identity."""
 
     def __init__(self, plan: Plan, space: Space, device: torch.device) -> None:
@@ -150,12 +166,8 @@ class _Turn:
         found = apart(rotation, len(self.space.scope))
         return SoftMap(self.space.scope, found, found)
 
-    def final(self, parameter: torch.Tensor) -> Map:
-        """Return the transport to keep."""
-        return self.map(parameter.double(), 1.0)
 
-
-class _Angles:
+class _Angles(_Element):
     """A rotation of every pair of dimensions, per unit of the outer spaces, near the identity."""
 
     def __init__(self, plan: Plan, space: Space, device: torch.device) -> None:
@@ -168,12 +180,8 @@ class _Angles:
         found = apart(turned(parameter, self.space.planes, self.space.size), len(self.space.scope))
         return SoftMap(self.space.scope, found, found)
 
-    def final(self, parameter: torch.Tensor) -> Map:
-        """Return the transport to keep."""
-        return self.map(parameter.double(), 1.0)
 
-
-class _Invertible:
+class _Invertible(_Element):
     """An invertible map per unit of the outer spaces, near the identity."""
 
     def __init__(self, plan: Plan, space: Space, device: torch.device) -> None:
@@ -187,12 +195,8 @@ class _Invertible:
         itself, inverse = torch.matrix_exp(parameter), torch.matrix_exp(-parameter).mT
         return SoftMap(self.space.scope, apart(itself, count), apart(inverse, count))
 
-    def final(self, parameter: torch.Tensor) -> Map:
-        """Return the transport to keep."""
-        return self.map(parameter.double(), 1.0)
 
-
-class _Blend:
+class _Blend(_Element):
     """A soft coupling per unit of the outer spaces: scores through Sinkhorn's algorithm."""
 
     def __init__(self, plan: Plan, space: Space, device: torch.device, margin: float) -> None:
@@ -216,10 +220,6 @@ class _Blend:
         read = write / write.sum(-2, keepdim=True)
         return SoftMap(self.space.scope, apart(write, count), apart(read, count))
 
-    def final(self, parameter: torch.Tensor) -> Map:
-        """Return the transport to keep."""
-        return self.map(parameter.double(), 1.0)
-
 
 class _Swap(_Blend):
     """A permutation per unit of the outer spaces: a soft coupling that hardens while it is learned.
@@ -237,9 +237,6 @@ class _Swap(_Blend):
         """Return the transport to keep."""
         index, _ = assign(-parameter.detach().reshape(-1, *parameter.shape[-2:]).cpu())
         return HardMap(self.space.scope, index.reshape(parameter.shape[:-1]).to(parameter.device))
-
-
-_Element = _Turn | _Angles | _Invertible | _Swap | _Blend
 
 
 def _element(plan: Plan, space: Space, device: torch.device, margin: float, soft: bool) -> _Element:

@@ -232,7 +232,7 @@ def transport_block(
             view = _gather(view, dimension, item.index, scope_dimensions(block, dimension, item.scope))
         elif isinstance(item, SignMap):  # those of the units' new places
             places = [*scope_dimensions(block, dimension, item.scope), dimension]
-            view = view * _laid_out(item.signs.to(view), places, view.ndim)
+            view = view * laid_out(item.signs.to(view), places, view.ndim)
     soft = [(dimension, item) for dimension, item in dimensions if isinstance(item, SoftMap)]
     return _contract(block, view, soft, reading) if soft else view
 
@@ -278,10 +278,10 @@ def _gather(view: torch.Tensor, dimension: int, index: torch.Tensor, scope: Sequ
     index = index.to(view.device)
     if not scope:
         return view.index_select(dimension, index)
-    return torch.take_along_dim(view, _laid_out(index, [*scope, dimension], view.ndim), dimension)
+    return torch.take_along_dim(view, laid_out(index, [*scope, dimension], view.ndim), dimension)
 
 
-def _laid_out(values: torch.Tensor, places: Sequence[int], count: int) -> torch.Tensor:
+def laid_out(values: torch.Tensor, places: Sequence[int], count: int) -> torch.Tensor:
     """Return a tensor as one of ``count`` dimensions: its own at the given places, the others of size one."""
     order = sorted(range(len(places)), key=places.__getitem__)
     shape = [1] * count

@@ -101,14 +101,24 @@ def turned(angles: torch.Tensor, planes: Sequence[tuple[int, int]], size: int) -
             [ 0,  1,  0],
             [ 1,  0,  0]], dtype=torch.int32)
     """
-    first, second = torch.tensor(planes, device=angles.device).T
-    rows = torch.cat([first, second, first, second])
-    columns = torch.cat([first, second, second, first])
-    cosine, sine = angles.cos(), angles.sin()
     eye = torch.eye(size, dtype=angles.dtype, device=angles.device)
-    values = torch.cat([cosine, cosine, -sine, sine], -1)
-    found = eye.expand(*angles.shape[:-1], size, size).clone().movedim((-2, -1), (0, 1))
-    return found.index_put((rows, columns), values.movedim(-1, 0)).movedim((0, 1), (-2, -1))
+    return turn(eye.expand(*angles.shape[:-1], size, size), angles.unsqueeze(-2), planes).mT
+
+
+def turn(x: torch.Tensor, angles: torch.Tensor, planes: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """Turn pairs of dimensions of vectors ``[..., n]`` by angles ``[..., pairs]``.
+
+    Examples
+    --------
+    >>> turn(torch.tensor([1.0, 2.0]), torch.tensor([torch.pi / 2]), [(0, 1)]).round()
+    tensor([-2.,  1.])
+    """
+    first, second = torch.tensor(planes, device=angles.device).T
+    cosine, sine = angles.cos(), angles.sin()
+    result = x.clone()
+    result[..., first] = cosine * x[..., first] - sine * x[..., second]
+    result[..., second] = sine * x[..., first] + cosine * x[..., second]
+    return result
 
 
 def random_rotation(
