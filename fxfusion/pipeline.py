@@ -764,7 +764,7 @@ def _based(job: _Job, settings: Settings) -> FusionState:
         job.run(Balance())
     with job.clock.measure("certify"):
         state.certificates = certify_all(state, job.models, settings.seed, settings.progress)
-    seen = job.batches if settings.features == "activations" else None
+    seen = job.batches
     if seen is not None and (settings.refinement is not None or settings.auto):
         seen = seen.first(SOLVED_SAMPLES)
     passes: list[FusionPass] = [_solver(settings, seen), ApplyTransports()]
@@ -903,9 +903,13 @@ def _as_target(state: dict[str, torch.Tensor], target: Mapping[str, torch.Tensor
 
 
 def _solver(settings: Settings, batches: Batches | None) -> FusionPass:
+    compared = batches if settings.features == "activations" else None
     if settings.flow is None:
-        return Align(batches, settings.coupling, settings.observed, settings.progress, settings.rounds)
-    return AlignFlow(settings.flow, batches, settings.coupling, settings.observed, settings.progress)
+        return Align(compared, settings.coupling, settings.observed, settings.progress, settings.rounds)
+    weighed = batches if settings.flow.weighted else None
+    return AlignFlow(
+        settings.flow, compared, settings.coupling, settings.observed, settings.progress, weighed
+    )
 
 
 class _Clock:

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from fxfusion.transport.options import Costs, Flow, Heads, Metric, Normalisation, QueryKey, Scaling, Tables
+from fxfusion.transport.options import (
+    Costs,
+    Flow,
+    Heads,
+    Magnitudes,
+    Metric,
+    Normalisation,
+    QueryKey,
+    Scaling,
+    Tables,
+)
 
 # The authors' optima for soft couplings: of weights and of activations.
 REGULARISATION = {"weights": 0.06, "activations": 0.08}
@@ -17,8 +27,7 @@ def reference(
 
     It transports queries and keys separately and pays no heed to heads, so that an aligned parent no
     longer computes what it did: our defaults are better. Where the assignment of a class token alone is
-    not unique (its units differ in one number), another of the best ones may come out. Residual policies that
-    weigh use activations as they are, where the published code takes standardised ones.
+    not unique (its units differ in one number), another of the best ones may come out.
 
     Parameters
     ----------
@@ -59,6 +68,7 @@ def reference(
     )
     flow = Flow(
         residual=residual,
+        magnitudes=Magnitudes.LAYERS,
         query_key=QueryKey(query_key),
         heads=Heads.IGNORED,
         tables=Tables.OWN,

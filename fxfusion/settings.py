@@ -11,7 +11,7 @@ from fxfusion.methods import METHODS, Method
 from fxfusion.progress import Progress, logged
 from fxfusion.transport.hierarchy import Coupling
 from fxfusion.transport.learned import Refinement
-from fxfusion.transport.options import Flow, Observe, check_uncalibrated
+from fxfusion.transport.options import Flow, Observe, check_data
 from fxfusion.validation import check_choice
 
 FEATURES = ("activations", "weights")
@@ -135,10 +135,12 @@ class Settings:
         if rounds < 0 or (rounds and flow is not None):
             raise OptionError(f"rounds={rounds}: give 0 or more, and 0 with flow")
         if flow is not None:
-            _check_flow(flow, features, coupling, regularisation)
+            check_data(flow, calibrated, features == "activations")
+            _check_flow(flow, coupling, regularisation)
         if template and (rounds or target != -1):
             raise OptionError("into takes the place of target, and goes without rounds")
-        if observed is not None and features != "activations":
+        weighed = flow is not None and flow.weighted
+        if observed is not None and features != "activations" and not weighed:
             raise OptionError("observe says which activations count: give calibration data, or leave it out")
         return cls(
             features=features,
@@ -231,10 +233,8 @@ def _method(
     return found if learning is None else dataclasses.replace(found, refinement=learning)
 
 
-def _check_flow(flow: Flow, features: str, coupling: str | Coupling, regularisation: float | None) -> None:
+def _check_flow(flow: Flow, coupling: str | Coupling, regularisation: float | None) -> None:
     """Refuse settings of a flow that do not go with the other options."""
-    if features == "weights":
-        check_uncalibrated(flow)
     if flow.relaxation is not None and coupling not in ("soft", "widening"):
         raise OptionError('relaxation is of soft couplings: give coupling="soft"')
     if isinstance(coupling, Coupling) and any(

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import getitem
 from typing import Any
 
@@ -69,7 +69,6 @@ class CrossMoments:
         self.square_target = zeros(batch, target)
         self.square_source = zeros(batch, source)
         self.cross = zeros(batch, target, source)
-        self.absolute_target = zeros(batch, target)
         self.own = zeros(batch, target, target) if own else None
 
     def update(self, target: torch.Tensor, source: torch.Tensor) -> None:
@@ -78,7 +77,6 @@ class CrossMoments:
             return
         batch = copy.copy(self)
         batch.count = target.shape[-1]
-        batch.absolute_target = target.abs().sum(-1).double()
         mean_target, mean_source = target.mean(-1), source.mean(-1)
         target, source = target - mean_target.unsqueeze(-1), source - mean_source.unsqueeze(-1)
         batch.mean_target, batch.mean_source = mean_target.double(), mean_source.double()
@@ -120,13 +118,7 @@ class CrossMoments:
             self.own.baddbmm_(left, left.mT, alpha=weight)
         self.mean_target += shift_target * (other.count / total)
         self.mean_source += shift_source * (other.count / total)
-        self.absolute_target += other.absolute_target
         self.count = total
-
-    @property
-    def magnitude(self) -> torch.Tensor:
-        """Mean magnitude of the target's units, ``[batch, target]``."""
-        return self.absolute_target / max(self.count, 1)
 
     @property
     def covariance(self) -> torch.Tensor:
@@ -354,6 +346,43 @@ def gather(
         del states, drawn
         yield moments
         del moments  # whoever takes them may let go of them before the next stage begins
+
+
+def watch(
+    parent: Parent,
+    places: Mapping[Place, Observation],
+    batches: Iterable[tuple[Sequence[Any], Mapping[str, Any]]],
+    observed: Observe,
+    see: Callable[[Place, torch.Tensor], None],
+) -> None:
+    """Stream calibration data through one network, and hand on what its units do.
+
+    Parameters
+    ----------
+    parent : Parent
+    places : mapping of (str, int) to Observation
+        By name of a space and number of its observation.
+    batches : iterable of (args, kwargs)
+    observed : Observe
+        Which samples and positions count.
+    see : callable
+        Called with a place and ``[fixed outer units, outer * own units, samples]``, as the graph is run.
+    """
+    program = Program(parent.capture)
+    at_node: dict[str, list[tuple[Place, Observation]]] = {}
+    for place, observation in places.items():
+        at_node.setdefault(observation.node, []).append((place, observation))
+    shapes = {space.name: Shape.of(parent.plan, space) for space in parent.plan.spaces}
+
+    def observe(node: fx.Node, values: Sequence[torch.Tensor]) -> None:
+        for place, observation in at_node.get(node.name, ()):
+            fixed, units, _ = _units(shapes[place[0]])
+            see(place, _samples(values[0], observation, fixed, units, observed))
+
+    for args, kwargs in batches:
+        if observed.confident < 1.0:
+            args, kwargs = _confident(program, parent.state, args, kwargs, observed.confident)
+        program.run([parent.state], args, kwargs, observe)
 
 
 def _check_counts(moments: Sequence[Mapping[Place, CrossMoments]]) -> None:

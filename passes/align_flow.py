@@ -15,7 +15,8 @@ from fxfusion.statistics import CrossMoments, collect
 from fxfusion.transport.carry import Carried, Streams, carry
 from fxfusion.transport.flow import Moments, flow_observations, solve_flow
 from fxfusion.transport.hierarchy import Coupling
-from fxfusion.transport.options import Flow, Heads, Observe, check_uncalibrated
+from fxfusion.transport.magnitudes import Magnitude, magnitudes
+from fxfusion.transport.options import Flow, Heads, Observe, check_data
 
 
 @dataclasses.dataclass(eq=False)
@@ -32,6 +33,8 @@ class AlignFlow(FusionPass):
     observed : Observe
         Which calibration activations count.
     progress : callable, optional
+    weighed : Batches, optional
+        Calibration data by which skip and branch are weighed; ``batches`` by default.
     """
 
     options: Flow = dataclasses.field(default_factory=Flow)
@@ -39,12 +42,16 @@ class AlignFlow(FusionPass):
     coupling: Coupling = dataclasses.field(default_factory=Coupling)
     observed: Observe = dataclasses.field(default_factory=Observe)
     progress: Progress = silent
+    weighed: Batches | None = None
+
+    def __post_init__(self) -> None:
+        if self.weighed is None:
+            self.weighed = self.batches
 
     def requires(self, graph_module: GraphModule) -> None:
         """The parents are paired, and there are calibration data for options that need them."""
         state_of(graph_module, "parents", "Pair")
-        if self.batches is None:
-            check_uncalibrated(self.options)
+        check_data(self.options, self.weighed is not None, self.batches is not None)
 
     def call(self, graph_module: GraphModule) -> PassResult:
         """Run the pass; the graph itself stays as it is."""
@@ -52,6 +59,7 @@ class AlignFlow(FusionPass):
         assert state.plan is not None
         carried = carry(state.capture, state.plan, self.options)
         moments = self._moments(state, carried)
+        weights = self._magnitudes(state, carried)
         state.alignments = []
         for index, parent in enumerate(state.parents):
             self.progress("match", index, len(state.parents))
@@ -66,9 +74,17 @@ class AlignFlow(FusionPass):
                     self.options,
                     self.coupling,
                     moments[index] if moments else None,
+                    weights,
                 )
             )
         return PassResult(graph_module, False)
+
+    def _magnitudes(self, state: FusionState, carried: Carried) -> Magnitude:
+        """Return how large the target's skips and branches are, if that is needed."""
+        if not self.options.weighted:
+            return {}
+        assert self.weighed is not None
+        return magnitudes(state.parents[state.target], carried, self.weighed, self.options, self.observed)
 
     def _moments(self, state: FusionState, carried: Carried) -> list[Moments]:
         """Return every parent's moments with the target, by node and space."""
@@ -82,7 +98,6 @@ class AlignFlow(FusionPass):
             carried,
             streams,
             state.capture.module.graph,
-            self.options.weighted,
         )
         collected = collect(
             state.parents,

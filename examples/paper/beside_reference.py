@@ -102,20 +102,16 @@ class Setting:
         ``eq_t_map`` transports of queries and keys.
     regularisation : float or None
         Of Sinkhorn couplings; none for EMD.
-    standardised : bool
-        Whether activations are brought to one mean and variance, or taken as they are.
     """
 
     features: str
     regularisation: float | None = None
     policy: str = "mean"
     query_key: str = "separate"
-    standardised: bool = True
 
     def __str__(self) -> str:
         solver = "EMD" if self.regularisation is None else f"Sinkhorn {self.regularisation:g}"
-        scaling = "" if self.standardised else ", raw"
-        return f"{solver}, {self.features}{scaling}, {self.policy}, {self.query_key}"
+        return f"{solver}, {self.features}, {self.policy}, {self.query_key}"
 
     @property
     def ours(self) -> dict[str, Any]:
@@ -124,9 +120,7 @@ class Setting:
         query_key = "separate" if self.query_key == "separate" else "shared"
         options = fxfusion.reference(self.features, coupling, POLICIES[self.policy], query_key)
         flow: fxfusion.Flow = options["flow"]
-        scaling = "standardised" if self.standardised else "raw"
-        costs = dataclasses.replace(flow.costs, activations=scaling)
-        return options | {"flow": dataclasses.replace(flow, costs=costs, regularisation=self.regularisation)}
+        return options | {"flow": dataclasses.replace(flow, regularisation=self.regularisation)}
 
 
 class Reference:
@@ -153,7 +147,7 @@ class Reference:
         }
         # Its windows are of 8 x 8 patches, which only one task has: all positions count.
         told["fusion"]["acts"] |= {"num_samples": samples, "seq_filter": None}
-        told["fusion"]["acts"] |= dict.fromkeys(("std", "center", "norm"), setting.standardised)
+        told["fusion"]["acts"] |= dict.fromkeys(("std", "center", "norm"), True)
         return told
 
     def activations(self, models: Pair, images: torch.Tensor, setting: Setting) -> dict[str, Any]:
@@ -176,27 +170,16 @@ class Reference:
 
 
 def parity(task: Task, pairs: Sequence[Pair], reference: Reference, samples: int) -> Found:
-    """Compare fused parameters, setting by setting.
-
-    ``weighted_matrix`` has to differ: the reference weighs standardised activations if it compares those,
-    and leaves the class token out of the patches'; we weigh activations as they are, with it, and only
-    where activations are compared. With raw ones (the last rows) the class token is the only difference.
-    """
+    """Compare fused parameters, setting by setting."""
     rows = []
     for number, models in enumerate(pairs):
-        for standardised in (True, False):
-            first = Setting("activations", standardised=standardised)
-            seen = reference.activations(copy.deepcopy(models), _images(task, samples), first)
-            for features, solver, policy in itertools.product(REGULARISATIONS, ("EMD", "Sinkhorn"), POLICIES):
-                weighted = policy == "weighted_matrix"
-                if (weighted and features == "weights") or not (weighted or standardised):
-                    continue
-                softness = None if solver == "EMD" else REGULARISATIONS[features][0]
-                setting = Setting(features, softness, policy, standardised=standardised)
-                theirs = reference.fuse(models, seen, setting)
-                ours = fuse(task, models, models[1], samples, **setting.ours)
-                facts = [*_difference(theirs, ours), _scores(task, theirs, ours)]
-                rows.append([str(number), str(setting), *facts])
+        seen = reference.activations(copy.deepcopy(models), _images(task, samples), Setting("activations"))
+        for features, solver, policy in itertools.product(REGULARISATIONS, ("EMD", "Sinkhorn"), POLICIES):
+            softness = None if solver == "EMD" else REGULARISATIONS[features][0]
+            setting = Setting(features, softness, policy)
+            theirs = reference.fuse(models, seen, setting)
+            ours = fuse(task, models, models[1], samples, **setting.ours)
+            rows.append([str(number), str(setting), *_difference(theirs, ours), _scores(task, theirs, ours)])
     return ["pair", "setting", "class token", "largest other", f"above {GOAL:g}", "accuracy, %"], rows
 
 

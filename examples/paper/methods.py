@@ -39,7 +39,8 @@ def fuse(
     **options: Any,
 ) -> nn.Module:
     """Return the fusion of networks as an instance of the class, of the size of ``like``."""
-    calibrated = features == "activations" or "repair" in options
+    weighed = "flow" in options and options["flow"].weighted
+    calibrated = features == "activations" or "repair" in options or weighed
     learning = options.get("refine")
     labelled = learning is not None and learning.labels > 0
     seen = task.calibration(samples, labelled, batch) if calibrated else None

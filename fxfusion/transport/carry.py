@@ -205,7 +205,7 @@ def _activated(node: fx.Node, at: Mapping[fx.Node, Mapping[str, Transport]], str
     item = node
     while len(item.users) == 1:
         item = next(iter(item.users))
-        if stream not in at.get(item, ()) or sum(_is_tensor(part) for part in item.all_input_nodes) != 1:
+        if stream not in at.get(item, ()) or sum(is_tensor(part) for part in item.all_input_nodes) != 1:
             break
         if operator_name(item.target) in NONLINEAR:
             return item.name
@@ -258,7 +258,7 @@ class _Walk:
         if node.target is getitem and operands:  # one output of an operator with several
             operator = operator_name(operands[0].target)
             operands = operands[0].all_input_nodes
-        if all(item in self.origins or not _is_tensor(item) for item in operands):
+        if all(item in self.origins or not is_tensor(item) for item in operands):
             self.origins[node] = frozenset().union(*(self.origins.get(item, ()) for item in operands))
             return
         parameters = [name for item in operands for name in sorted(self.origins.get(item, ()))]
@@ -387,7 +387,7 @@ class _Walk:
         return kept
 
 
-def _is_tensor(node: fx.Node) -> bool:
+def is_tensor(node: fx.Node) -> bool:
     """Whether a node is more than a size of the batch, which a parameter may be expanded by."""
     value = node.meta.get("val")
     return value is None or isinstance(value, (torch.Tensor, list, tuple))

@@ -43,6 +43,7 @@ from fxfusion.transport.hierarchy import (
     trees,
 )
 from fxfusion.transport.joint import Alignment
+from fxfusion.transport.magnitudes import Magnitude
 from fxfusion.transport.map import (
     BlockMaps,
     HardMap,
@@ -58,9 +59,9 @@ Moments = Mapping[tuple[str, str], Sequence[CrossMoments]]  # by node and space
 
 
 def flow_observations(
-    plan: Plan, carried: Carried, streams: Streams, graph: fx.Graph, magnitudes: bool
+    plan: Plan, carried: Carried, streams: Streams, graph: fx.Graph
 ) -> dict[str, list[Observation]]:
-    """Choose where spaces are observed: where they are written and, for ``magnitudes``, joined.
+    """Choose where spaces are observed: where they are written.
 
     Parameters
     ----------
@@ -68,7 +69,6 @@ def flow_observations(
     carried : Carried
     streams : Streams
     graph : torch.fx.Graph
-    magnitudes : bool
 
     Returns
     -------
@@ -79,8 +79,6 @@ def flow_observations(
     for transport in carried.transports():
         if isinstance(transport, Solve):
             wanted |= {(writer.node, transport.stream) for writer in transport.writers}
-        elif magnitudes:
-            wanted |= {(node, transport.stream) for node in transport.nodes}
     found: dict[str, list[Observation]] = {space.name: [] for space in plan.spaces}
     for node in graph.nodes:
         for block in plan.activations.get(node.name, ()):
@@ -98,6 +96,7 @@ def solve_flow(
     options: Flow,
     coupling: Coupling,
     moments: Moments | None = None,
+    magnitudes: Magnitude | None = None,
 ) -> Alignment:
     """Solve the transports of one parent into the target's basis, layer by layer.
 
@@ -113,13 +112,15 @@ def solve_flow(
         Hard or soft.
     moments : mapping, optional
         Of activations, by node and space; without them weights are compared.
+    magnitudes : mapping, optional
+        From :func:`fxfusion.transport.magnitudes.magnitudes`, for policies that weigh.
 
     Returns
     -------
     Alignment
         With transports per parameter; ``maps`` are those that reach the end of every space.
     """
-    solver = _FlowSolver(plan, carried, target, source, options, coupling, moments or {})
+    solver = _FlowSolver(plan, carried, target, source, options, coupling, moments or {}, magnitudes or {})
     for transport in carried.writing.values():  # as the network computes
         solver.maps(transport)
     maps: dict[str, Map] = {}
@@ -195,6 +196,7 @@ class _FlowSolver:
         options: Flow,
         coupling: Coupling,
         moments: Moments,
+        magnitudes: Magnitude,
     ) -> None:
         assert isinstance(options.heads, Heads)
         self.plan = plan
@@ -203,6 +205,7 @@ class _FlowSolver:
         self.options = options
         self.coupling = coupling
         self.moments = moments
+        self.magnitudes = magnitudes
         self.streams = Streams(plan, options.heads)
         self.trees = {tree.root.name: tree for tree in trees(plan)}
         self.reading = reading_axes(plan)
@@ -294,8 +297,7 @@ class _FlowSolver:
     def _magnitude(self, part: Transport, node: str, space: str) -> torch.Tensor | None:
         """Return the mean magnitude of every unit of the target in a part of a join."""
         if node:
-            moments = self.moments.get((node, space))
-            return torch.stack([item.magnitude[0] for item in moments]).mean(0) if moments else None
+            return self.magnitudes.get((node, space))
         part = settled(part)
         assert isinstance(part, Solve)
         return self._rows(part.writers[0].parameter, space, 0)[0].abs().mean(-1)

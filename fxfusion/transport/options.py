@@ -31,6 +31,17 @@ class Residual(enum.Enum):
     """None: units stay in their places."""
 
 
+class Magnitudes(enum.Enum):
+    """What is measured where a residual policy weighs."""
+
+    STREAMS = "streams"
+    """Skip and branch, as they are when they are added."""
+    LAYERS = "layers"
+    """The outputs of layers, each scaled as activations are for the costs, as in the published code: of
+    patches without the class token before them, and where a skip is no layer's output, of the sum of the
+    scaled outputs that it was made from."""
+
+
 class QueryKey(enum.Enum):
     """The transports of queries and keys, whose product is taken unit by unit."""
 
@@ -255,6 +266,8 @@ class Flow:
     ----------
     residual : Residual or str
         What is carried on where a skip and a branch are added.
+    magnitudes : Magnitudes or str
+        What the policies that weigh go by.
     query_key : QueryKey or str
     heads : Heads or str
     tables : Tables or str
@@ -284,6 +297,7 @@ class Flow:
     """
 
     residual: Residual | str = Residual.MEAN
+    magnitudes: Magnitudes | str = Magnitudes.STREAMS
     query_key: QueryKey | str = QueryKey.SHARED
     heads: Heads | str = Heads.MATCHED
     tables: Tables | str = Tables.CARRIED
@@ -300,6 +314,7 @@ class Flow:
 
     def __post_init__(self) -> None:
         _choose(self, "residual", Residual)
+        _choose(self, "magnitudes", Magnitudes)
         _choose(self, "query_key", QueryKey)
         _choose(self, "heads", Heads)
         _choose(self, "tables", Tables)
@@ -352,20 +367,25 @@ class Flow:
         )
 
 
-def check_uncalibrated(options: Flow) -> None:
+def check_data(options: Flow, calibrated: bool, compared: bool) -> None:
     """Refuse what needs activations where there are none.
+
+    Parameters
+    ----------
+    options : Flow
+    calibrated, compared : bool
+        Whether there are calibration data, and whether it is activations that are compared.
 
     Raises
     ------
     CalibrationRequiredError
     """
-    if options.weighted:
+    if options.weighted and not calibrated:
         policy = Residual(options.residual).value
         raise CalibrationRequiredError(
-            f"residual={policy!r} weighs activations: give calibration data and compare "
-            'features="activations", or take another policy'
+            f"residual={policy!r} weighs activations: give calibration data, or take another policy"
         )
-    if options.costs.components is not None:
+    if options.costs.components is not None and not compared:
         raise CalibrationRequiredError(
             "components are of activations: give calibration data, or leave them out"
         )
