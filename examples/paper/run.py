@@ -73,7 +73,7 @@ class Study:
     picture : Path
         Where a picture goes.
     only : str
-        Part of the names of stages that are shown, or of what is trained on; all by default.
+        Part of the names of stages or widths that are shown, or of what is trained on; all by default.
     also : str
         What transports are learned with besides: ``soft`` couplings, ``labels``; separated by commas.
     batch : int
@@ -300,7 +300,7 @@ def _unequal(
 ) -> Scores:
     """Compare what a parent of another size gives: alone, cut to size, and fused with the target."""
     scores: Scores = {}
-    for name, (other, size) in cases.items():
+    for name, (other, size) in ((name, case) for name, case in cases.items() if study.only in name):
         for pair in range(study.pairs):
             parent, target = study.parent(2 * pair, other), study.parent(2 * pair + 1, size)
             fresh = study.task.build(size, 100 + pair)
@@ -509,7 +509,9 @@ def main(
     untie: Annotated[bool, typer.Option(help="Untie the output embeddings of trained parents.")] = False,
     refine: Annotated[int, typer.Option(help="Steps in which transports are learned.")] = 400,
     samples: Annotated[int, typer.Option(help="Unlabelled samples that they are learned on.")] = 2000,
-    only: Annotated[str, typer.Option(help="Stages, or what is trained on: with this in their names.")] = "",
+    only: Annotated[
+        str, typer.Option(help="Stages, widths, or what is trained on: with this in their names.")
+    ] = "",
     also: Annotated[
         str, typer.Option(help="Learn with these, too: 'soft' couplings, 'labels' (half of the loss).")
     ] = "",
