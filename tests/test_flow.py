@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers import FalconConfig, FalconForCausalLM, GPTJConfig, GPTJForCausalLM
 
 import fxfusion
 from fxfusion import Costs, Flow
@@ -107,13 +108,52 @@ WITHOUT_HEADS = ["resnet18", "regnetx_002", "mobilenetv3_small_050"]
 )
 def test_twins_are_recovered(name: str, heads: str) -> None:
     args, kwargs = zoo.inputs(name)
-    prepared = fxfusion.prepare(zoo.build(name), args, kwargs)
+    check_recovered(fxfusion.prepare(zoo.build(name), args, kwargs), heads)
+
+
+def check_recovered(prepared: nn.Module, heads: str) -> None:
+    """Fuse a network and a permuted copy of it, and ask for the network itself."""
     twin = copy.deepcopy(prepared)
     twin.load_state_dict(fxfusion.scramble(prepared, seed=2), strict=False)
     result = fxfusion.fuse([twin, prepared], features="weights", flow=Flow(heads=heads, tables="own"))
     state = result.state_dict()
     for key, tensor in prepared.state_dict().items():
         assert torch.equal(state[key], tensor), key
+
+
+PARALLEL: dict[str, Callable[[], nn.Module]] = {
+    "gptj": lambda: GPTJForCausalLM(
+        GPTJConfig(
+            vocab_size=99,
+            n_positions=32,
+            n_embd=64,
+            n_layer=2,
+            n_head=4,
+            rotary_dim=8,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
+    ),
+    "falcon": lambda: FalconForCausalLM(
+        FalconConfig(vocab_size=99, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+    ),
+}
+
+
+@pytest.mark.parametrize("heads", ["matched", "ignored"])
+@pytest.mark.parametrize("name", list(PARALLEL))
+def test_twins_are_recovered_whose_attention_and_feed_forward_are_parallel(name: str, heads: str) -> None:
+    torch.manual_seed(0)
+    model = PARALLEL[name]().eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            nn.init.normal_(parameter)
+    inputs = {"input_ids": torch.randint(0, 99, (2, 8)), "use_cache": False}
+    prepared = fxfusion.prepare(model, (), inputs)
+    carried = carry(state_of(prepared).capture, fxfusion.plan(prepared), Flow(heads=heads))
+    joins = [item for item in carried.transports() if isinstance(item, Join)]
+    assert len(joins) == 4  # per layer: attention with feed-forward, and both with the stream
+    check_recovered(prepared, heads)
 
 
 @pytest.mark.parametrize("residual", ["mean", "weighted_scalar", "weighted_matrix", "skip", "branch"])
