@@ -37,8 +37,9 @@ def reference(
     residual : str
         A value of :class:`fxfusion.Residual`. The published code calls ``skip`` only_resid, ``branch``
         no_resid and ``identity`` resid_as_identity.
-    query_key : {"separate", "shared"}
-        ``shared`` is its eq_t_map.
+    query_key : {"separate", "shared", "joint"}
+        ``shared`` is its eq_t_map. Of ``joint`` ones it compares keys' activations where it moves queries,
+        and the other way round: that is not done here.
 
     Returns
     -------

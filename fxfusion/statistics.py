@@ -152,19 +152,23 @@ class Observation:
         Dimension of the block's view with the space's units.
     scope : tuple of int
         Dimensions with the units of the outer spaces.
+    after : Observation, optional
+        An earlier node's units of the same space, which come first: those of both are one set.
     """
 
     node: str
     block: ActivationBlock
     dimension: int
     scope: tuple[int, ...]
+    after: Observation | None = None
 
     def of(self, plan: Plan, other: Plan) -> Observation:
         """Return the same place in a network of other widths."""
         if other is plan:
             return self
         number = next(index for index, item in enumerate(plan.activations[self.node]) if item is self.block)
-        return dataclasses.replace(self, block=other.activations[self.node][number])
+        after = None if self.after is None else self.after.of(plan, other)
+        return dataclasses.replace(self, block=other.activations[self.node][number], after=after)
 
 
 LEAST_SAMPLES = 2  # below, units have no correlation
@@ -426,24 +430,31 @@ class _Gathering:
         if places is None:
             places = observations(self.plan, parents[target].capture.module.graph)
         self.at_node: dict[str, list[tuple[Place, Observation]]] = {}
+        self.kept_at: dict[str, list[tuple[Place, Observation]]] = {}  # what later observations come after
         for name, where in places.items():
             for number, observation in enumerate(where):
                 self.at_node.setdefault(observation.node, []).append(((name, number), observation))
+                if observation.after is not None:
+                    assert limit is None, "what is kept between nodes is not kept between stages"
+                    earlier = self.kept_at.setdefault(observation.after.node, [])
+                    earlier.append(((name, number), observation.after))
         self.groups = by_capture([parent.capture for parent in parents])
         self.order = [index for group in self.groups for index in group]
         self.programs = [Program(parents[group[0]].capture) for group in self.groups]
 
     def unseen(self, part: slice) -> list[dict[Place, CrossMoments]]:
         """Return moments of nothing for what is observed in a part of the graph."""
-        observed = [
-            place for node in self.programs[0].nodes[part] for place, _ in self.at_node.get(node.name, ())
-        ]
+        observed = [seen for node in self.programs[0].nodes[part] for seen in self.at_node.get(node.name, ())]
         return [
             {}
             if index == self.target
             else {
-                place: CrossMoments(*_units(shapes[place[0]]), self.own, self.programs[0].device)
-                for place in observed
+                place: CrossMoments(
+                    *_units(shapes[place[0]], sets=1 if observation.after is None else 2),
+                    self.own,
+                    self.programs[0].device,
+                )
+                for place, observation in observed
             }
             for index, shapes in enumerate(self.shapes)
         ]
@@ -517,10 +528,14 @@ class _Gathering:
         states: Sequence[Sequence[State]],
         drawn: Sequence[Mapping[Place, CrossMoments]],
     ) -> None:
+        kept: dict[Place, dict[int, torch.Tensor]] = {}
+
         def observe(node: fx.Node, values: list[list[torch.Tensor]]) -> None:
             found = dict(zip(self.order, (value for part in values for value in part), strict=True))
+            for place, observation in self.kept_at.get(node.name, ()):
+                kept[place] = dict(self._seen(place, observation, found))
             for place, observation in self.at_node.get(node.name, ()):
-                self._add(place, observation, found, drawn)
+                self._add(place, observation, found, drawn, kept.pop(place, {}))
 
         run_together(
             [
@@ -536,20 +551,33 @@ class _Gathering:
         observation: Observation,
         found: Mapping[int, torch.Tensor],
         drawn: Sequence[Mapping[Place, CrossMoments]],
+        before: Mapping[int, torch.Tensor],
     ) -> None:
+        own = None
+        for index, sample in self._seen(place, observation, found):
+            if index in before:
+                sample = torch.cat([before[index], sample], 1)
+            if own is None:
+                own = sample
+            else:
+                drawn[index][place].update(own, sample)
+
+    def _seen(
+        self, place: Place, observation: Observation, found: Mapping[int, torch.Tensor]
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield what the parents' units do at a node, the target's first."""
         fixed, units, _ = _units(self.shapes[self.target][place[0]])
-        own = _samples(found[self.target], observation, fixed, units, self.chosen)
+        yield self.target, _samples(found[self.target], observation, fixed, units, self.chosen)
         for index in self.order:
             if index != self.target:
                 fixed, _, units = _units(self.shapes[index][place[0]])
                 there = observation.of(self.plan, self.parents[index].plan.source)
-                sample = _samples(found[index], there, fixed, units, self.chosen)
-                drawn[index][place].update(own, sample)
+                yield index, _samples(found[index], there, fixed, units, self.chosen)
 
 
-def _units(shape: Shape) -> tuple[int, int, int]:
+def _units(shape: Shape, sets: int = 1) -> tuple[int, int, int]:
     """Return the independent pairs of sets of units, and the units of the target's and the source's sets."""
-    return shape.fixed, shape.outer * shape.size, shape.source_outer * shape.source_size
+    return shape.fixed, sets * shape.outer * shape.size, sets * shape.source_outer * shape.source_size
 
 
 def _add_up(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -65,8 +66,9 @@ def test_the_skip_is_what_the_branch_goes_around() -> None:
         (Flow(heads="matched"), [{"q", "k", "v"}]),
         (Flow(heads="ignored"), [{"q", "k"}, {"v"}]),
         (Flow(heads="ignored", query_key="separate"), [{"q"}, {"k"}, {"v"}]),
+        (Flow(heads="ignored", query_key="joint"), [{"q"}, {"k"}, {"v"}]),
     ],
-    ids=["matched", "ignored", "separate"],
+    ids=["matched", "ignored", "separate", "joint"],
 )
 def test_queries_keys_and_values(flow: Flow, together: list[set[str]]) -> None:
     carried = follow(zoo.build("hf_vit"), *zoo.inputs("hf_vit"), flow)
@@ -279,6 +281,86 @@ def test_weighted_policies_weigh_by_magnitude(policy: str) -> None:
     torch.testing.assert_close(result.state_dict()["norm.weight"], expected, rtol=1e-4, atol=1e-5)
 
 
+# -- queries and keys as one set --------------------------------------------------------------------
+
+
+class Attending(nn.Module):
+    """One head: ``softmax(q(x) k(x)') x``."""
+
+    def __init__(self, width: int = 5) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(6, width), nn.Linear(6, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.q(x) @ self.k(x).mT).softmax(-1) @ x
+
+
+JOINT = Flow(query_key="joint", heads="ignored", costs=PAPER)
+
+
+def stacked(model: Attending, x: torch.Tensor | None) -> torch.Tensor:
+    """Return features of queries and keys, one after the other: activations, or weights."""
+    with torch.no_grad():
+        if x is None:
+            return torch.cat([model.q.weight, model.k.weight])
+        rows = torch.cat([model.q(x), model.k(x)], -1).flatten(0, -2)
+        return ((rows - rows.mean(0)) / rows.std(0)).T
+
+
+@pytest.mark.parametrize("regularisation", [None, 0.06], ids=["hard", "soft"])
+@pytest.mark.parametrize("features", ["weights", "activations"])
+def test_queries_and_keys_may_be_one_set_of_units(features: str, regularisation: float | None) -> None:
+    torch.manual_seed(4)
+    source, target = Attending().double(), Attending().double()
+    x = torch.randn(9, 7, 6, dtype=torch.float64)
+    result = fxfusion.fuse(
+        [source, target],
+        (x,),
+        calibration=[x[:4], x[4:]] if features == "activations" else None,
+        features=features,
+        coupling="hard" if regularisation is None else "soft",
+        flow=dataclasses.replace(JOINT, regularisation=regularisation),
+    )
+    seen = None if features == "weights" else x
+    transport = coupling_of(stacked(target, seen), stacked(source, seen), regularisation)
+    assert (transport[:5, 5:] > 0).any()  # queries become keys
+    for name in ("weight", "bias"):
+        rows, own = (
+            torch.cat([model.q.get_parameter(name), model.k.get_parameter(name)])
+            for model in (source, target)
+        )
+        expected = (transport.T @ rows + own) / 2
+        found = torch.cat([result.state_dict()[f"{layer}.{name}"] for layer in ("q", "k")])
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_queries_move_as_they_were_compared_not_as_keys_were() -> None:
+    """The published code compares activations of keys and queries, and moves weights of queries and keys."""
+    torch.manual_seed(4)
+    target, source = Attending().double(), Attending().double()
+    x, order = torch.randn(9, 7, 6, dtype=torch.float64), torch.randperm(10)
+    with torch.no_grad():
+        for name in ("weight", "bias"):
+            rows = torch.cat([target.q.get_parameter(name), target.k.get_parameter(name)])[order]
+            source.q.get_parameter(name).copy_(rows[:5])
+            source.k.get_parameter(name).copy_(rows[5:])
+    result = fxfusion.fuse([source, target], (x,), calibration=[x], flow=JOINT).state_dict()
+    for name, tensor in target.state_dict().items():
+        torch.testing.assert_close(result[name], tensor)
+    swapped = [torch.cat(stacked(model, x).split(5)[::-1]) for model in (target, source)]
+    wrong = coupling_of(swapped[0], swapped[1], None).T @ stacked(source, None)
+    assert float((wrong - stacked(target, None)).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize(("left", "right"), [(5, 3), (3, 5)])
+def test_joint_transports_go_across_widths(left: int, right: int) -> None:
+    torch.manual_seed(4)
+    x = torch.randn(9, 7, 6)
+    result = fxfusion.fuse([Attending(left), Attending(right)], (x,), coupling="soft", flow=JOINT)
+    assert result.state_dict()["q.weight"].shape == (right, 6)
+    assert result.module(x).isfinite().all()
+
+
 # -- costs ------------------------------------------------------------------------------------------
 
 
@@ -489,6 +571,7 @@ def test_separate_queries_and_keys_break_attention_and_matched_heads_do_not() ->
     [
         (lambda: Flow(residual="average"), "'weighted_matrix'"),
         (lambda: Flow(query_key="separate"), 'heads="ignored"'),
+        (lambda: Flow(query_key="joint"), 'heads="ignored"'),
         (lambda: Flow(regularisation=0.0), "positive"),
         (lambda: Costs(metric="manhattan"), "'cosine'"),
         (lambda: Costs(clip=(2.0, 1.0)), "smallest"),

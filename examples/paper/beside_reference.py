@@ -98,8 +98,8 @@ class Setting:
     Attributes
     ----------
     features, policy, query_key : str
-        ``weights`` or ``activations``; how transports are joined at residual connections; ``separate`` or
-        ``eq_t_map`` transports of queries and keys.
+        ``weights`` or ``activations``; how transports are joined at residual connections; ``separate``,
+        ``eq_t_map`` or ``joint`` transports of queries and keys.
     regularisation : float or None
         Of Sinkhorn couplings; none for EMD.
     """
@@ -117,7 +117,7 @@ class Setting:
     def ours(self) -> dict[str, Any]:
         """The options of :func:`fxfusion.fuse` that say the same."""
         coupling = "hard" if self.regularisation is None else "soft"
-        query_key = "separate" if self.query_key == "separate" else "shared"
+        query_key = "shared" if self.query_key == "eq_t_map" else self.query_key
         options = fxfusion.reference(self.features, coupling, POLICIES[self.policy], query_key)
         flow: fxfusion.Flow = options["flow"]
         return options | {"flow": dataclasses.replace(flow, regularisation=self.regularisation)}
@@ -170,13 +170,21 @@ class Reference:
 
 
 def parity(task: Task, pairs: Sequence[Pair], reference: Reference, samples: int) -> Found:
-    """Compare fused parameters, setting by setting."""
+    """Compare fused parameters, setting by setting.
+
+    Joint queries and keys are compared by weights alone: by activations the code moves queries as keys.
+    """
     rows = []
     for number, models in enumerate(pairs):
         seen = reference.activations(copy.deepcopy(models), _images(task, samples), Setting("activations"))
-        for features, solver, policy in itertools.product(REGULARISATIONS, ("EMD", "Sinkhorn"), POLICIES):
-            softness = None if solver == "EMD" else REGULARISATIONS[features][0]
-            setting = Setting(features, softness, policy)
+        ways = [*((policy, "separate") for policy in POLICIES), ("mean", "eq_t_map"), ("mean", "joint")]
+        settings = [
+            Setting(features, softness, *way)
+            for features, recommended in REGULARISATIONS.items()
+            for softness, way in itertools.product((None, recommended[0]), ways)
+            if (way[1], features) != ("joint", "activations")
+        ]
+        for setting in settings:
             theirs = reference.fuse(models, seen, setting)
             ours = fuse(task, models, models[1], samples, **setting.ours)
             rows.append([str(number), str(setting), *_difference(theirs, ours), _scores(task, theirs, ours)])

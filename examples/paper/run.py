@@ -207,6 +207,7 @@ def query_key(study: Study) -> Scores:
         "heads matched, shared": fxfusion.Flow(),
         "heads ignored, shared": fxfusion.Flow(heads="ignored"),
         "heads ignored, separate": fxfusion.Flow(heads="ignored", query_key="separate"),
+        "heads ignored, joint": fxfusion.Flow(heads="ignored", query_key="joint"),
     }
     for left, right in study.each():
         for name, flow in settings.items():

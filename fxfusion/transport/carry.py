@@ -45,11 +45,16 @@ class Solve:
         Name of the outermost of the spaces that are solved together; where heads are ignored, of the
         innermost.
     writers : list of Writer
+    same : Solve or Join, optional
+        What it was found to be the same as.
+    joint : tuple of Solve, optional
+        Itself and another, whose units are transported among each other: those of queries and of keys.
     """
 
     stream: str
     writers: list[Writer]
     same: Solve | Join | None = dataclasses.field(default=None, repr=False)
+    joint: tuple[Solve, Solve] | None = dataclasses.field(default=None, repr=False)
 
 
 @dataclasses.dataclass(eq=False)
@@ -95,6 +100,10 @@ class Carried:
     def transports(self) -> list[Transport]:
         """Return every transport once, what a join needs before the join."""
         return [transport for transport in self.made if settled(transport) is transport]
+
+    def moved_by(self, transport: Transport) -> list[str]:
+        """Return the parameters that a transport acts on where they write, in the order of the network."""
+        return [name for (name, _), item in self.writing.items() if settled(item) is transport]
 
     def solve(self, stream: str, writers: list[Writer]) -> Solve:
         """Make a transport to be solved."""
@@ -273,8 +282,8 @@ class _Walk:
                         self.carried.reading.setdefault((name, stream), arrived[stream])
         for stream in {stream: None for arrived in given for stream in arrived if stream not in held}:
             arriving = [arrived[stream] for arrived in given if stream in arrived]
-            shared = self.options.query_key is QueryKey.SHARED or self.streams.is_whole(stream)
-            if len(arriving) > 1 and shared:
+            apart = self.options.query_key is QueryKey.SEPARATE and not self.streams.is_whole(stream)
+            if len(arriving) > 1 and not apart and not self._put_together(stream, arriving):
                 self._identify(arriving)
 
     def _held(self, node: fx.Node) -> list[str]:
@@ -369,6 +378,23 @@ class _Walk:
             before = item
         return carried
 
+    def _put_together(self, stream: str, transports: Sequence[Transport]) -> bool:
+        """Let two transports be solved over the units of both, if that is asked for and possible."""
+        if self.options.query_key is not QueryKey.JOINT or self.streams.is_whole(stream):
+            return False
+        distinct = list({id(item): item for item in map(settled, transports)}.values())
+        pair = [item for item in distinct if isinstance(item, Solve)]
+        if len(pair) != 2 or len(distinct) != 2 or any(item.joint for item in pair):
+            return False
+        pair.sort(key=self.carried.made.index)
+        first, second = (self.carried.moved_by(item) for item in pair)
+        layouts = self.plan.layouts
+        if [layouts[name].shape for name in first] != [layouts[name].shape for name in second]:
+            return False
+        for item in pair:
+            item.joint = pair[0], pair[1]
+        return True
+
     def _identify(self, transports: Iterable[Transport]) -> Transport | None:
         """Make transports one; None if they are joins of different things."""
         distinct = list({id(item): item for item in map(settled, transports)}.values())
@@ -381,6 +407,8 @@ class _Walk:
                 continue
             if _contains(kept, item):
                 return None
+            for solved in {*(item.joint or ()), *((isinstance(kept, Solve) and kept.joint) or ())}:
+                solved.joint = None  # one transport of more than two is none of two
             if isinstance(kept, Solve):
                 kept.writers += item.writers
             item.same = kept

@@ -14,6 +14,7 @@ Singh and Jaggi, Model Fusion via Optimal Transport, NeurIPS 2020, arXiv 1910.05
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
@@ -76,15 +77,29 @@ def flow_observations(
         By name of space.
     """
     wanted: set[tuple[str, str]] = set()
+    after: dict[tuple[str, str], str] = {}  # where units of two transports are one set: the earlier node
     for transport in carried.transports():
-        if isinstance(transport, Solve):
+        if isinstance(transport, Solve) and transport.joint is None:
             wanted |= {(writer.node, transport.stream) for writer in transport.writers}
+        elif isinstance(transport, Solve) and transport.joint is not None:
+            nodes = (dict.fromkeys(writer.node for writer in item.writers) for item in transport.joint)
+            together = {(later, transport.stream): earlier for earlier, later in zip(*nodes, strict=False)}
+            after |= together
+            wanted |= {*together, *((node, transport.stream) for node in together.values())}
+    begun = {(node, stream) for (_, stream), node in after.items()}
     found: dict[str, list[Observation]] = {space.name: [] for space in plan.spaces}
+    seen: dict[tuple[str, str], list[Observation]] = {}
     for node in graph.nodes:
         for block in plan.activations.get(node.name, ()):
             for stream, space, dimension, scope in streams.in_block(block.bind(block.sizes)):
                 if (node.name, stream) in wanted:
-                    found[space].append(Observation(node.name, block, dimension, tuple(scope)))
+                    own = Observation(node.name, block, dimension, tuple(scope))
+                    seen.setdefault((node.name, space), []).append(own)
+                    if (node.name, stream) in after:
+                        before = seen[after[node.name, stream], space]
+                        own = dataclasses.replace(own, after=before[len(seen[node.name, space]) - 1])
+                    if (node.name, stream) in after or (node.name, stream) not in begun:
+                        found[space].append(own)
     return found
 
 
@@ -131,11 +146,14 @@ def solve_flow(
         for name, layout in plan.layouts.items()
     }
     ends = {space.name: maps.get(space.name) or _in_place(plan, space.name) for space in plan.spaces}
-    return Alignment(ends, solver.before, solver.after, 1, local, gaps=solver.gaps)
+    return Alignment(ends, solver.before, solver.after, 1, local, solver.mixed_maps(), gaps=solver.gaps)
 
 
 def act_locally(
-    plan: Plan, local: Mapping[str, Sequence[BlockMaps]], state: State
+    plan: Plan,
+    local: Mapping[str, Sequence[BlockMaps]],
+    state: State,
+    mixed: Mapping[str, tuple[str, Sequence[BlockMaps]]] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Carry transports that differ from parameter to parameter.
 
@@ -146,6 +164,8 @@ def act_locally(
         By parameter, one per block.
     state : mapping of str to torch.Tensor
         Not written.
+    mixed : mapping, optional
+        By parameter, another one that is carried, too, and added.
 
     Returns
     -------
@@ -153,17 +173,29 @@ def act_locally(
     """
     reading = reading_axes(plan)
     moved = dict(state)
-    for name, layout in plan.layouts.items():
+    for name in plan.layouts:
         if not any(item.writing or item.reading for item in local[name]):
             continue
-        tensor = state[name].detach()
-        moved[name] = tensor.new_empty(layout.shape)
-        reads = reading.get(name, frozenset())
-        blocks = zip(layout.blocks, plan.source.layouts[name].blocks, local[name], strict=True)
-        for into, block, item in blocks:
-            view = transport_block(block, block.view(tensor), item.writing, reads, reads=item.reading)
-            factor = plan.gains.of(layout, block, reads)
-            into.view(moved[name]).copy_(view if factor == 1.0 else view * factor)
+        moved[name] = _acted_on(plan, name, local[name], state, reading)
+        if mixed and name in mixed:
+            moved[name] += _acted_on(plan, *mixed[name], state, reading)
+    return moved
+
+
+def _acted_on(
+    plan: Plan,
+    name: str,
+    maps: Sequence[BlockMaps],
+    state: State,
+    reading: Mapping[str, frozenset[int]],
+) -> torch.Tensor:
+    """Return a parameter after its blocks were carried."""
+    layout, tensor, reads = plan.layouts[name], state[name].detach(), reading.get(name, frozenset())
+    moved = tensor.new_empty(layout.shape)
+    for into, block, item in zip(layout.blocks, plan.source.layouts[name].blocks, maps, strict=True):
+        view = transport_block(block, block.view(tensor), item.writing, reads, reads=item.reading)
+        factor = plan.gains.of(layout, block, reads)
+        into.view(moved).copy_(view if factor == 1.0 else view * factor)
     return moved
 
 
@@ -182,7 +214,7 @@ def carried(plan: Plan, alignment: Alignment, state: State) -> dict[str, torch.T
     dict of str to torch.Tensor
     """
     if alignment.local is not None:
-        return act_locally(plan, alignment.local, state)
+        return act_locally(plan, alignment.local, state, alignment.mixed)
     return act(plan, alignment.maps, state)
 
 
@@ -213,6 +245,7 @@ class _FlowSolver:
         for (name, _), transport in carried.reading.items():
             self.arrivals.setdefault(name, []).append(transport)
         self.known: dict[int, dict[str, Map]] = {}
+        self.crossed: dict[int, dict[str, Map]] = {}  # of joint transports: from the other's units
         self.pending: set[int] = set()
         self.before = {space.name: 0.0 for space in plan.spaces}
         self.after = dict(self.before)
@@ -225,11 +258,32 @@ class _FlowSolver:
         transport = settled(transport)
         key = id(transport)
         if key not in self.known:
-            self.pending.add(key)
-            solved = self._join(transport) if isinstance(transport, Join) else self._solve(transport)
-            self.pending.remove(key)
-            self.known[key] = solved
+            joint = transport.joint if isinstance(transport, Solve) else None
+            unknown = {id(item) for item in joint or (transport,)}
+            self.pending |= unknown
+            if joint is not None:
+                self._solve_together(joint)
+            else:
+                solved = self._join(transport) if isinstance(transport, Join) else self._solve(transport)
+                self.known[key] = solved
+            self.pending -= unknown
         return self.known[key]
+
+    def mixed_maps(self) -> dict[str, tuple[str, list[BlockMaps]]]:
+        """Return what acts on other parameters, to be added to some: keys to queries, queries to keys."""
+        found = {}
+        for transport in self.carried.transports():
+            if not isinstance(transport, Solve) or transport.joint is None:
+                continue
+            (other,) = (item for item in transport.joint if item is not transport)
+            pairs = zip(*map(self.carried.moved_by, (transport, other)), strict=True)
+            for name, partner in pairs:
+                blocks = []
+                for block in self.plan.layouts[partner].blocks:
+                    own = self.block_maps(partner, block)
+                    blocks.append(BlockMaps({**own.writing, **self.crossed[id(transport)]}, own.reading))
+                found[name] = partner, blocks
+        return found
 
     def block_maps(self, name: str, block: Block) -> BlockMaps:
         """Return what acts on a block of a parameter."""
@@ -341,11 +395,30 @@ class _FlowSolver:
             self._widen(name, solution.gap)
         return to_maps(self.plan, tree, solved)
 
+    def _solve_together(self, pair: tuple[Solve, Solve]) -> None:
+        """Solve over the units of two transports at once."""
+        stream = pair[0].stream
+        compared = self._compare_together(pair)
+        cost = ground_cost(compared, self.options.costs)
+        weighed = self.options.marginals is Marginals.MAGNITUDE
+        masses = self._compare_together(pair, Scaling.RAW).masses if weighed else None
+        sides = self._solved_flat(stream, cost, masses)
+        for row, item in enumerate(pair):
+            parts = [side.chunk(2, -2)[row].chunk(2, -1) for side in sides]
+            own, crossed = (
+                self._flat_maps(stream, *(part[column] for part in parts)) for column in (row, 1 - row)
+            )
+            self.known[id(item)], self.crossed[id(item)] = own, crossed
+
     def _solve_flat(self, stream: str, cost: torch.Tensor, masses: Mapping[str, Masses]) -> dict[str, Map]:
         """Solve over all units of all outer units at once."""
-        space = self.plan[stream]
-        shape = Shape.of(self.plan, space)
-        found = self.coupling.of(stream).solve(cost, masses.get(stream))
+        return self._flat_maps(stream, *self._solved_flat(stream, cost, masses.get(stream)))
+
+    def _solved_flat(
+        self, stream: str, cost: torch.Tensor, masses: Masses | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what writes (rows sum to one) and what reads (columns do): ``[fixed, target, source]``."""
+        found = self.coupling.of(stream).solve(cost, masses)
         self._widen(stream, found.gap)
         plans = found.plans
         if plans is None:
@@ -354,18 +427,23 @@ class _FlowSolver:
         ordered = in_order(*cost.shape[-2:]).to(cost) * cost.shape[-2]
         self._count({stream: float((ordered * cost).sum())}, self.before)
         self._count({stream: float(found.values.sum())}, self.after)
+        tiny = torch.finfo(plans.dtype).tiny
+        write, read = (plans / plans.sum(axis, keepdim=True).clamp_min(tiny) for axis in (-1, -2))
+        return write, read
+
+    def _flat_maps(self, stream: str, write: torch.Tensor, read: torch.Tensor) -> dict[str, Map]:
+        """Return the maps of a stream and its outer spaces from couplings of all units at once."""
+        space = self.plan[stream]
+        shape = Shape.of(self.plan, space)
         sizes = [(self.plan.scope_size(name), self.plan.source.scope_size(name)) for name in space.scope]
         fixed = sum(name in {item.name for item in self.plan.fixed} for name in space.scope)
-        sides = []
-        for axis in (-1, -2):
-            side = plans / plans.sum(axis, keepdim=True).clamp_min(torch.finfo(plans.dtype).tiny)
-            target, source = zip(*sizes, strict=True) if sizes else ((), ())
-            sides.append(spread(pairs(side, shape), target, source, fixed))
+        target, source = zip(*sizes, strict=True) if sizes else ((), ())
+        sides = [spread(pairs(side, shape), target, source, fixed) for side in (write, read)]
         maps: dict[str, Map] = {stream: SoftMap(space.scope, sides[0], sides[1])}
         free = {item.name for item in self.plan.spaces}
         for position, outer in enumerate(space.scope):
             if outer in free:  # what an outer unit is coupled with is decided unit by unit below it
-                ones = plans.new_ones(*[side for pair in sizes[: position + 1] for side in pair])
+                ones = write.new_ones(*[side for pair in sizes[: position + 1] for side in pair])
                 maps[outer] = SoftMap(space.scope[:position], ones, ones)
         return maps
 
@@ -383,6 +461,25 @@ class _FlowSolver:
         found = self._compare(solve, space, Scaling.RAW)
         assert found is not None
         return found
+
+    def _compare_together(self, pair: tuple[Solve, Solve], forced: Scaling | None = None) -> Comparison:
+        """Compare the units of two transports as one set."""
+        stream = pair[0].stream
+        scaling = forced or self.options.costs.activations
+        found = [
+            Comparison.of_moments(item, scaling, self.options.costs.components)
+            for node in dict.fromkeys(writer.node for writer in pair[1].writers)
+            for item in self.moments.get((node, stream), ())
+        ]
+        if not found:
+            scaling = forced or self.options.costs.weights
+            for writers in zip(*(self._compared(item, stream) for item in pair), strict=True):
+                target, source = (
+                    torch.cat([self._rows(writer.parameter, stream, side) for writer in writers], 1)
+                    for side in (0, 1)
+                )
+                found.append(Comparison.of_features(target, source, scaling))
+        return compare(found, scaling)
 
     def _compare(self, solve: Solve, space: str, forced: Scaling | None = None) -> Comparison | None:
         nodes = dict.fromkeys(writer.node for writer in solve.writers)

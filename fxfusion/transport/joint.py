@@ -57,6 +57,8 @@ class Alignment:
         Number of block-coordinate sweeps.
     local : dict of str to list of BlockMaps, or None
         Per parameter, one per block: transports that differ from parameter to parameter.
+    mixed : dict of str to (str, list of BlockMaps)
+        Per parameter another one, and what carries that, block by block: it is added.
     solving : float
         Seconds that the solver took in this process; the rest of aligning is comparing.
     gaps : dict of str to float
@@ -68,6 +70,7 @@ class Alignment:
     after: dict[str, float]
     sweeps: int = 0
     local: dict[str, list[BlockMaps]] | None = None
+    mixed: dict[str, tuple[str, list[BlockMaps]]] = dataclasses.field(default_factory=dict)
     solving: float = 0.0
     gaps: dict[str, float] = dataclasses.field(default_factory=dict)
 

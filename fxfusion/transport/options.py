@@ -49,6 +49,9 @@ class QueryKey(enum.Enum):
     """One transport from both: the only choice that keeps a network's function."""
     SEPARATE = "separate"
     """One each (the published code's default); needs ``Heads.IGNORED``."""
+    JOINT = "joint"
+    """One over the units of both at once, which may make a query of a key; needs ``Heads.IGNORED``. Where one
+    parameter packs both, or theirs do not correspond, it is shared."""
 
 
 class Heads(enum.Enum):
@@ -320,10 +323,10 @@ class Flow:
         _choose(self, "tables", Tables)
         _choose(self, "nonlinearity", Nonlinearity)
         _choose(self, "marginals", Marginals)
-        if self.query_key is QueryKey.SEPARATE and self.heads is Heads.MATCHED:
+        if self.query_key is not QueryKey.SHARED and self.heads is Heads.MATCHED:
             raise OptionError(
-                'query_key="separate" with heads="matched": queries and keys of one head must stay together; '
-                'give heads="ignored"'
+                f'query_key="{QueryKey(self.query_key).value}" with heads="matched": queries and keys of one '
+                'head must stay together; give heads="ignored"'
             )
         for field in ("regularisation", "relaxation"):
             value = getattr(self, field)
