@@ -113,12 +113,18 @@ def test_twins_are_recovered(name: str, heads: str) -> None:
     check_recovered(fxfusion.prepare(zoo.build(name), args, kwargs), heads)
 
 
-def check_recovered(prepared: nn.Module, heads: str) -> None:
+@pytest.mark.parametrize("name", ["hf_vit", "bert", "t5"])
+def test_twins_are_recovered_by_joint_queries_and_keys(name: str) -> None:
+    args, kwargs = zoo.inputs(name)
+    check_recovered(fxfusion.prepare(zoo.build(name), args, kwargs), "ignored", "joint")
+
+
+def check_recovered(prepared: nn.Module, heads: str, query_key: str = "shared") -> None:
     """Fuse a network and a permuted copy of it, and ask for the network itself."""
     twin = copy.deepcopy(prepared)
     twin.load_state_dict(fxfusion.scramble(prepared, seed=2), strict=False)
-    result = fxfusion.fuse([twin, prepared], features="weights", flow=Flow(heads=heads, tables="own"))
-    state = result.state_dict()
+    flow = Flow(heads=heads, query_key=query_key, tables="own")
+    state = fxfusion.fuse([twin, prepared], features="weights", flow=flow).state_dict()
     for key, tensor in prepared.state_dict().items():
         assert torch.equal(state[key], tensor), key
 

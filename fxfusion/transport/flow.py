@@ -96,10 +96,13 @@ def flow_observations(
                     own = Observation(node.name, block, dimension, tuple(scope))
                     seen.setdefault((node.name, space), []).append(own)
                     if (node.name, stream) in after:
-                        before = seen[after[node.name, stream], space]
+                        before = seen.get((after[node.name, stream], space), [])
+                        if len(before) < len(seen[node.name, space]):
+                            continue
                         own = dataclasses.replace(own, after=before[len(seen[node.name, space]) - 1])
-                    if (node.name, stream) in after or (node.name, stream) not in begun:
-                        found[space].append(own)
+                    elif (node.name, stream) in begun:
+                        continue
+                    found[space].append(own)
     return found
 
 
