@@ -906,9 +906,8 @@ def _solver(settings: Settings, batches: Batches | None) -> FusionPass:
     compared = batches if settings.features == "activations" else None
     if settings.flow is None:
         return Align(compared, settings.coupling, settings.observed, settings.progress, settings.rounds)
-    weighed = batches if settings.flow.weighted else None
     return AlignFlow(
-        settings.flow, compared, settings.coupling, settings.observed, settings.progress, weighed
+        settings.flow, compared, settings.coupling, settings.observed, settings.progress, batches
     )
 
 

@@ -346,7 +346,8 @@ def gather(
             counts.append([None] * len(turn))
             progress("calibrate", done, total * len(parts))
         turns = counts  # the batches themselves are on their way
-        _check_counts(moments)
+        for seen in moments:
+            _check_counts({place: item.count for place, item in seen.items()})
         del states, drawn
         yield moments
         del moments  # whoever takes them may let go of them before the next stage begins
@@ -371,8 +372,13 @@ def watch(
         Which samples and positions count.
     see : callable
         Called with a place and ``[fixed outer units, outer * own units, samples]``, as the graph is run.
+
+    Raises
+    ------
+    CalibrationMismatchError
+        If a space was shown too few samples.
     """
-    program = Program(parent.capture)
+    program, counts = Program(parent.capture), dict.fromkeys(places, 0)
     at_node: dict[str, list[tuple[Place, Observation]]] = {}
     for place, observation in places.items():
         at_node.setdefault(observation.node, []).append((place, observation))
@@ -381,21 +387,23 @@ def watch(
     def observe(node: fx.Node, values: Sequence[torch.Tensor]) -> None:
         for place, observation in at_node.get(node.name, ()):
             fixed, units, _ = _units(shapes[place[0]])
-            see(place, _samples(values[0], observation, fixed, units, observed))
+            samples = _samples(values[0], observation, fixed, units, observed)
+            counts[place] += samples.shape[-1]
+            see(place, samples)
 
     for args, kwargs in batches:
         if observed.confident < 1.0:
             args, kwargs = _confident(program, parent.state, args, kwargs, observed.confident)
         program.run([parent.state], args, kwargs, observe)
+    _check_counts(counts)
 
 
-def _check_counts(moments: Sequence[Mapping[Place, CrossMoments]]) -> None:
-    for part in moments:
-        for (name, _), item in part.items():
-            if item.count < LEAST_SAMPLES:
-                raise CalibrationMismatchError(
-                    f"the calibration data show space {name} fewer than {LEAST_SAMPLES} samples: give more"
-                )
+def _check_counts(counts: Mapping[Place, int]) -> None:
+    for (name, _), count in counts.items():
+        if count < LEAST_SAMPLES:
+            raise CalibrationMismatchError(
+                f"the calibration data show space {name} fewer than {LEAST_SAMPLES} samples: give more"
+            )
 
 
 def _turns(batches: Iterable[Any], count: int) -> Iterator[list[Any]]:

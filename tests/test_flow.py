@@ -358,6 +358,27 @@ def test_queries_move_as_they_were_compared_not_as_keys_were() -> None:
     assert float((wrong - stacked(target, None)).abs().max()) > 0.1
 
 
+class AttendingTwice(nn.Module):
+    """Queries meet keys twice; others may meet the same keys."""
+
+    def __init__(self, others: bool) -> None:
+        super().__init__()
+        self.q, self.k, self.others = nn.Linear(6, 5), nn.Linear(6, 5), nn.Linear(6, 5) if others else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        keys = self.k(x).mT
+        second = (self.q if self.others is None else self.others)(x)
+        return (self.q(x) @ keys).softmax(-1) @ x + (second @ keys).softmax(-1) @ x
+
+
+@pytest.mark.parametrize(("others", "joint", "count"), [(False, True, 2), (True, False, 1)])
+def test_joint_transports_are_of_two(others: bool, joint: bool, count: int) -> None:
+    carried = follow(AttendingTwice(others), (torch.randn(3, 7, 6),), {}, JOINT)
+    found = [item for item in carried.transports() if isinstance(item, Solve)]
+    assert len(found) == count
+    assert all((item.joint is not None) == joint for item in found)
+
+
 @pytest.mark.parametrize(("left", "right"), [(5, 3), (3, 5)])
 def test_joint_transports_go_across_widths(left: int, right: int) -> None:
     torch.manual_seed(4)

@@ -11,6 +11,7 @@ from torch import nn
 import fxfusion
 from fxfusion import Flow, Observe
 from fxfusion.calibration import Batches
+from fxfusion.errors import CalibrationMismatchError
 from fxfusion.pairing import Parent
 from fxfusion.state import state_of
 from fxfusion.transport.carry import Join, carry
@@ -126,3 +127,19 @@ def test_weights_may_be_compared_and_activations_weigh() -> None:
     assert not any(torch.equal(*pair) for pair in itertools.combinations(states, 2))
     same = [result.state_dict()["patches.weight"] for result in fused.values()]
     assert all(torch.equal(item, same[0]) for item in same)  # before the first join nothing is weighed
+
+
+@pytest.mark.parametrize("features", ["weights", "activations"])
+def test_one_sample_is_too_few_to_weigh_by(features: str) -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.first, self.last = nn.Linear(6, 5), Block(5), nn.Linear(5, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.first(self.embed(x)))
+
+    x = torch.randn(4, 6)
+    options = {"calibration": [x[:1]], "features": features, "flow": Flow("weighted_matrix")}
+    with pytest.raises(CalibrationMismatchError, match="fewer than 2 samples"):
+        fxfusion.fuse([Pooled(), Pooled()], (x,), **options)  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from fxfusion.capture import Capture
 from fxfusion.layout import Block
 from fxfusion.plan import Plan
 from fxfusion.rules.registry import operator_name
-from fxfusion.statistics import NONLINEAR
+from fxfusion.statistics import NONLINEAR, Observation
 from fxfusion.symmetry import reading_axes
 from fxfusion.transport.map import axis_of, innermost
 from fxfusion.transport.options import Flow, Heads, Nonlinearity, QueryKey, Tables
@@ -177,6 +177,13 @@ class Streams:
             stream = self.of(space)
             if stream is not None:
                 yield stream, space, dimension, scope
+
+    def observations(self, plan: Plan, graph: fx.Graph) -> Iterator[tuple[str, str, Observation]]:
+        """Yield streams and spaces wherever they can be observed, in the order of the network."""
+        for node in graph.nodes:
+            for block in plan.activations.get(node.name, ()):
+                for stream, space, dimension, scope in self.in_block(block.bind(block.sizes)):
+                    yield stream, space, Observation(node.name, block, dimension, tuple(scope))
 
 
 def carry(capture: Capture, plan: Plan, options: Flow) -> Carried:
@@ -384,9 +391,11 @@ class _Walk:
             return False
         distinct = list({id(item): item for item in map(settled, transports)}.values())
         pair = [item for item in distinct if isinstance(item, Solve)]
-        if len(pair) != 2 or len(distinct) != 2 or any(item.joint for item in pair):
+        if len(pair) != 2 or len(distinct) != 2:
             return False
         pair.sort(key=self.carried.made.index)
+        if pair[0].joint is not None or pair[1].joint is not None:
+            return pair[0].joint == tuple(pair)
         first, second = (self.carried.moved_by(item) for item in pair)
         layouts = self.plan.layouts
         if [layouts[name].shape for name in first] != [layouts[name].shape for name in second]:
@@ -397,7 +406,7 @@ class _Walk:
 
     def _identify(self, transports: Iterable[Transport]) -> Transport | None:
         """Make transports one; None if they are joins of different things."""
-        distinct = list({id(item): item for item in map(settled, transports)}.values())
+        distinct = _with_partners(map(settled, transports))
         joins = [item for item in distinct if isinstance(item, Join)]
         if len(joins) > 1:
             return None
@@ -407,9 +416,9 @@ class _Walk:
                 continue
             if _contains(kept, item):
                 return None
-            for solved in {*(item.joint or ()), *((isinstance(kept, Solve) and kept.joint) or ())}:
-                solved.joint = None  # one transport of more than two is none of two
+            item.joint = None  # one transport of more than two is none of two
             if isinstance(kept, Solve):
+                kept.joint = None
                 kept.writers += item.writers
             item.same = kept
         return kept
@@ -419,6 +428,15 @@ def is_tensor(node: fx.Node) -> bool:
     """Whether a node is more than a size of the batch, which a parameter may be expanded by."""
     value = node.meta.get("val")
     return value is None or isinstance(value, (torch.Tensor, list, tuple))
+
+
+def _with_partners(transports: Iterable[Transport]) -> list[Transport]:
+    """Return transports once each, and then those that are solved together with them."""
+    found = {id(item): item for item in transports}
+    for item in list(found.values()):
+        if isinstance(item, Solve) and item.joint is not None and len(found) > 1:
+            found.update({id(other): other for other in item.joint})
+    return list(found.values())
 
 
 def _contains(transport: Transport, part: Transport) -> bool:

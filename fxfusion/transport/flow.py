@@ -76,33 +76,25 @@ def flow_observations(
     dict of str to list of Observation
         By name of space.
     """
-    wanted: set[tuple[str, str]] = set()
-    after: dict[tuple[str, str], str] = {}  # where units of two transports are one set: the earlier node
+    earlier: dict[tuple[str, str], str | None] = {}  # by node and stream: whose units come before these
     for transport in carried.transports():
-        if isinstance(transport, Solve) and transport.joint is None:
-            wanted |= {(writer.node, transport.stream) for writer in transport.writers}
-        elif isinstance(transport, Solve) and transport.joint is not None:
+        if isinstance(transport, Solve) and transport.joint is not None:
             nodes = (dict.fromkeys(writer.node for writer in item.writers) for item in transport.joint)
-            together = {(later, transport.stream): earlier for earlier, later in zip(*nodes, strict=False)}
-            after |= together
-            wanted |= {*together, *((node, transport.stream) for node in together.values())}
-    begun = {(node, stream) for (_, stream), node in after.items()}
+            earlier |= {(own, transport.stream): other for other, own in zip(*nodes, strict=False)}
+        elif isinstance(transport, Solve):
+            earlier |= {(writer.node, transport.stream): None for writer in transport.writers}
+    at: dict[tuple[str, str], list[tuple[str, Observation]]] = {}
+    for stream, space, observation in streams.observations(plan, graph):
+        at.setdefault((observation.node, stream), []).append((space, observation))
     found: dict[str, list[Observation]] = {space.name: [] for space in plan.spaces}
-    seen: dict[tuple[str, str], list[Observation]] = {}
-    for node in graph.nodes:
-        for block in plan.activations.get(node.name, ()):
-            for stream, space, dimension, scope in streams.in_block(block.bind(block.sizes)):
-                if (node.name, stream) in wanted:
-                    own = Observation(node.name, block, dimension, tuple(scope))
-                    seen.setdefault((node.name, space), []).append(own)
-                    if (node.name, stream) in after:
-                        before = seen.get((after[node.name, stream], space), [])
-                        if len(before) < len(seen[node.name, space]):
-                            continue
-                        own = dataclasses.replace(own, after=before[len(seen[node.name, space]) - 1])
-                    elif (node.name, stream) in begun:
-                        continue
-                    found[space].append(own)
+    for (node, stream), other in earlier.items():
+        here = at.get((node, stream), [])
+        if other is None:
+            for space, observation in here:
+                found[space].append(observation)
+        else:
+            for (space, observation), (_, first) in zip(here, at.get((other, stream), []), strict=False):
+                found[space].append(dataclasses.replace(observation, after=first))
     return found
 
 

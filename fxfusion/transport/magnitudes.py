@@ -79,15 +79,11 @@ class _Graph:
         self.nodes = {node.name: node for node in capture.module.graph.nodes}
         self.places: dict[Place, Observation] = {}
         self._at: dict[tuple[str, str], list[Place]] = {}
-        counts: dict[str, int] = {}
-        for name, node in self.nodes.items():
-            for block in plan.activations.get(name, ()):
-                for stream, space, dimension, scope in streams.in_block(block.bind(block.sizes)):
-                    if stream == space and not scope:
-                        place = space, counts.get(space, 0)
-                        counts[space] = place[1] + 1
-                        self.places[place] = Observation(name, block, dimension, ())
-                        self._at.setdefault((node.name, space), []).append(place)
+        for stream, space, observation in streams.observations(plan, capture.module.graph):
+            if stream == space and not observation.scope:
+                place = space, len(self.places)
+                self.places[place] = observation
+                self._at.setdefault((observation.node, space), []).append(place)
         self._computed: set[fx.Node] = set()  # from an input, not from parameters alone
         for node in self.nodes.values():
             from_input = node.op == "placeholder" or any(
@@ -204,6 +200,5 @@ class _Sums:
         """Return the means over samples, and over blocks."""
         found: dict[tuple[str, str], list[torch.Tensor]] = {}
         for index, (part, _) in enumerate(self._parts):
-            if index in self._total:
-                found.setdefault(part, []).append(self._total[index] / max(self._count[index], 1))
+            found.setdefault(part, []).append(self._total[index] / self._count[index])
         return {part: torch.stack(items).mean(0) for part, items in found.items()}
