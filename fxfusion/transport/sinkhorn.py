@@ -6,9 +6,10 @@ function of the column potentials ``g``, the semi-dual
     sum_j b_j g_j - eps sum_i a_i log sum_j exp((g_j - C_ij) / eps).
 
 Its gradient is the mass that the columns lack. A step of Sinkhorn's algorithm climbs it, scaled by the
-diagonal of its Hessian: slowly where plans are nearly hard. Newton's method needs few steps there; each is
-solved by conjugate gradients, whose steps are two products with the plan, what a step of Sinkhorn's algorithm
-takes beside its exponentials. The regularisation is lowered in stages, each of which starts from the last.
+diagonal of its Hessian: slowly where plans are nearly hard. Newton's method needs few steps there. Of few
+units, or where plans are nearly hard, each is solved by factoring the Hessian; else by conjugate gradients,
+whose steps are two products with the plan, what a step of Sinkhorn's algorithm takes beside its exponentials.
+Where costs are large beside it, the regularisation is lowered in stages, each of which starts from the last.
 """
 
 from __future__ import annotations
@@ -28,8 +29,11 @@ PRECISION = 1e-6
 
 _STAGE = 2.0  # factor between the regularisations of stages
 _STAGE_PRECISION = 1e-2
+_SOFT = 50.0  # largest cost over the regularisation, below which Newton's method needs no stages
 _STEPS = 100  # of Newton's method, in a stage
 _PRODUCTS = 500  # of conjugate gradients, in a step
+_FEW = 128  # units: their curvature is factored at once
+_FACTORED = 8  # a product per so many units: then gradients have cost what factoring would
 _SHORTEST = 2.0**-30  # part of a step
 _ASCENT = 1e-4  # part of what the slope promises
 _ROUNDING = 1e-13  # of the semi-dual, relative
@@ -108,7 +112,8 @@ def _balanced(
 ) -> torch.Tensor:
     """Return plans whose rows have their masses, and whose columns have theirs within the precision."""
     potentials = torch.zeros_like(columns).masked_fill_(columns == 0, -torch.inf)
-    stages = max(math.ceil(math.log(max(float(costs.amax()), regularisation) / regularisation, _STAGE)), 1)
+    softest = max(float(costs.amax()) / _SOFT, regularisation)
+    stages = math.ceil(math.log(softest / regularisation, _STAGE)) + 1
     for left in reversed(range(stages)):
         precision = _STAGE_PRECISION if left else PRECISION
         plans = _ascend(costs, regularisation * _STAGE**left, rows, columns, potentials, precision)
@@ -182,18 +187,35 @@ def _newton(
 ) -> torch.Tensor:
     """Return the change of the potentials, over the regularisation, that the semi-dual's curvature asks for.
 
-    Conjugate gradients on ``diag(held) - plan^T diag(1 / rows) plan``, where ``held`` is what columns have,
-    damped in proportion to what is lacking, which bounds the step and leaves convergence quadratic.
+    The curvature is ``diag(held) - plan^T diag(1 / rows) plan``, where ``held`` is what columns have, damped
+    in proportion to what is lacking, which bounds the step and leaves convergence quadratic.
     """
     size = lack.abs().sum(-1, keepdim=True)
     held = columns - lack + _DAMPING * size * columns
-    inverse = torch.where(held > 0, 1 / held, 0.0)
     share = torch.where(rows > 0, 1 / rows, 0.0)
+    units = columns.shape[-1]
+    if units > _FEW:
+        products = min(units // _FACTORED, _PRODUCTS)
+        found, solved = _by_gradients(plans, share, held, lack, products)
+        if solved or products == _PRODUCTS:
+            return found
+    curvature = torch.bmm((plans * -share[..., None]).mT, plans)
+    curvature.diagonal(dim1=-2, dim2=-1).add_(torch.where(held > 0, held, 1.0))
+    factors, failures = torch.linalg.cholesky_ex(curvature)
+    found = torch.cholesky_solve(lack[..., None], factors)[..., 0]
+    return torch.where(failures[:, None] > 0, torch.where(held > 0, lack / held, 0.0), found)
+
+
+def _by_gradients(
+    plans: torch.Tensor, share: torch.Tensor, held: torch.Tensor, lack: torch.Tensor, products: int
+) -> tuple[torch.Tensor, bool]:
+    """Return Newton's step by so many products with the plan, or what is found by then: is it solved?"""
+    inverse = torch.where(held > 0, 1 / held, 0.0)
     found, residual = torch.zeros_like(lack), lack.clone()
     scaled = inverse * residual
     direction, power = scaled, (residual * scaled).sum(-1, keepdim=True)
-    wanted = power * size.clamp_max(0.01)
-    for _ in range(_PRODUCTS):
+    wanted = power * lack.abs().sum(-1, keepdim=True).clamp_max(0.01)
+    for _ in range(products):
         sent = torch.bmm(plans, direction[..., None])[..., 0] * share
         curved = held * direction - torch.bmm(sent[:, None], plans)[:, 0]
         curvature = (direction * curved).sum(-1, keepdim=True)
@@ -202,10 +224,10 @@ def _newton(
         residual -= length * curved
         scaled = inverse * residual
         before, power = power, (residual * scaled).sum(-1, keepdim=True)
-        direction = scaled + torch.where(before > 0, power / before, 0.0) * direction
         if not bool(((power > wanted) & (curvature > 0)).any()):
-            break
-    return found
+            return found, True
+        direction = scaled + torch.where(before > 0, power / before, 0.0) * direction
+    return found, False
 
 
 def _unbalanced(
