@@ -739,13 +739,14 @@ def _as_equals(job: _Job, settings: Settings) -> _Job:
     """
     if job.equal or (settings.symmetry != "largest" and settings.repair not in ("units", "layers")):
         return job
-    based = _based(job, settings.by(Method("permutation")))
+    carrying = Method("permutation", "layers" if settings.repair == "layers" else "norms")
+    based = _based(job, settings.by(carrying))
     parents = []
     for index, parent in enumerate(job.paired.parents):
         weights = based.aligned[index]
         if parent.capture is not job.paired.capture:
             alone = [float(index == other) for other in range(len(job.models))]
-            weights = _merged(job, dataclasses.replace(based, method=Method("permutation")), alone).merged
+            weights = _merged(job, dataclasses.replace(based, method=carrying), alone).merged
         assert based.plan is not None
         parents.append(Parent(job.paired.capture, based.plan, weights))
     teachers = job.paired.taught_by

@@ -8,9 +8,10 @@ on ``x``::
     D = cov(t - W x, x) (C + ridge * (tr C / n) I)^-1
 
 so that the less the data say, the more stays as it was merged. The next layer is fitted on what the fitted
-ones before it give. It needs no labels and no gradients, and keeps the class. Regressions to a mean are those
-of model merging, as in Jin et al., RegMean, ICLR 2023; here the inputs are the merged network's own, and so
-are those of Nasery et al., PLeaS, CVPR 2025.
+ones before it give. A parent of other widths runs as it is: what its layers give is carried into the target's
+basis, so that what is lost where units are merged is made up for, too. It needs no labels and no gradients,
+and keeps the class. Regressions to a mean are those of model merging, as in Jin et al., RegMean, ICLR 2023;
+here the inputs are the merged network's own, and so are those of Nasery et al., PLeaS, CVPR 2025.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from torch.nn import functional
 
 from fxfusion.calibration import Batches
 from fxfusion.capture import Capture
-from fxfusion.execution import Live, Program
+from fxfusion.execution import Live, Program, by_capture
 from fxfusion.progress import Progress, silent
-from fxfusion.repair import Channels, Layer, batch_norms, corrected, layers_of
+from fxfusion.repair import Channels, Layer, Source, batch_norms, carried_moments, corrected, layers_of
 from fxfusion.rules.registry import operator_name
 from fxfusion.staging import Shelf
 from fxfusion.statistics import CrossMoments
@@ -176,24 +177,28 @@ def _sized_alike(left: Any, right: fx.Node) -> bool:
 class _Fit:
     """A layer's regression, batch by batch."""
 
-    def __init__(self, fitted: _Fitted, state: State, weights: Sequence[float]) -> None:
-        self.fitted, self.state, self.weights = fitted, state, weights
+    def __init__(
+        self, fitted: _Fitted, state: State, sources: Sequence[Source], weights: Sequence[float]
+    ) -> None:
+        self.fitted, self.state, self.sources, self.weights = fitted, state, sources, weights
         self.place = fitted.place
         self.moments: CrossMoments | None = None
         self.expected = Channels()
-        self.outputs: list[torch.Tensor] = []  # of the parents, for the batch at hand
+        self.sum: torch.Tensor | None = None  # of what the parents give, for the batch at hand
 
-    def see(self, x: torch.Tensor, output: torch.Tensor, known: Mapping[fx.Node, Any]) -> None:
-        """Add the layer's input and output in the next network: the parents, then the merged one."""
-        if self.fitted.skip is not None:
-            output = output + known[self.fitted.skip].reshape(output.shape)
-        if len(self.outputs) < len(self.weights):
-            self.outputs.append(output)
+    def see(self, side: int, x: torch.Tensor, output: torch.Tensor, skip: torch.Tensor | None) -> None:
+        """Add the layer's input and output in one network: the parents one by one, then the merged one."""
+        if skip is not None:
+            output = output + skip.reshape(output.shape)
+        if side < len(self.weights):
+            carry = self.sources[side].outputs
+            found = self.weights[side] * (
+                output if carry is None else carry[self.fitted.layer.node.name](output)
+            )
+            self.sum = found if self.sum is None else self.sum.add_(found)
             return
-        expected = torch.zeros_like(output)
-        for share, found in zip(self.weights, self.outputs, strict=True):
-            expected += share * found
-        self.outputs.clear()
+        expected, self.sum = self.sum, None
+        assert expected is not None
         features = _wide(self.fitted.features(x, self.state[self.fitted.layer.weight]))
         missing = _wide(self.fitted.units(expected - output))
         if self.moments is None:
@@ -232,19 +237,23 @@ class _Norm:
 
     place = 0
 
-    def __init__(self, names: tuple[str, str], state: State, weights: Sequence[float]) -> None:
-        self.names, self.state, self.weights = names, state, weights
+    def __init__(
+        self, names: tuple[str, str], state: State, sources: Sequence[Source], weights: Sequence[float]
+    ) -> None:
+        self.names, self.state, self.sources, self.weights = names, state, sources, weights
         self.sides = [Channels() for _ in range(len(weights) + 1)]
-        self.next = 0
 
-    def see(self, x: torch.Tensor, output: torch.Tensor, known: Mapping[fx.Node, Any]) -> None:
-        """Add the input in the next network: the parents, then the merged one."""
-        self.sides[self.next].update(x)
-        self.next = (self.next + 1) % len(self.sides)
+    def see(self, side: int, x: torch.Tensor, output: torch.Tensor, skip: torch.Tensor | None) -> None:
+        """Add the input in one network: a parent or the merged one."""
+        self.sides[side].update(x)
 
     def solve(self) -> dict[str, torch.Tensor]:
         """Return the corrected mean and variance."""
-        *parents, own = [(side.mean, side.variance) for side in self.sides]
+        parents = [
+            carried_moments(seen, source.carry, self.names)
+            for seen, source in zip(self.sides, self.sources, strict=False)
+        ]
+        own = self.sides[-1].mean, self.sides[-1].variance
         stored = (self.state[name] for name in self.names)
         return dict(zip(self.names, corrected(own, parents, self.weights, *stored), strict=True))
 
@@ -252,17 +261,38 @@ class _Norm:
 _Override = Callable[[fx.Node, int, tuple[Any, ...]], Any]
 
 
-def _watching(node: fx.Node, stop: _Fit | _Norm, live: Live) -> _Override:
-    """Return what shows a stop its node; in the merged network the input stands for the output until then."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Group:
+    """Networks that share a graph.
 
-    def override(at: fx.Node, side: int, args: tuple[Any, ...]) -> Any:
-        if at is not node:
-            return None
-        value = at.target(*args)  # type: ignore[operator]
-        stop.see(args[stop.place], value, ChainMap(live.own[side], live.shared))
-        return args[stop.place] if side == len(live.own) - 1 else value
+    Attributes
+    ----------
+    program : Program
+    sides : list of int
+        Which networks: numbers of parents, or one above for the merged network.
+    states : list of mapping
+    """
 
-    return override
+    program: Program
+    sides: list[int]
+    states: list[State]
+
+    def watching(
+        self, place: int, stop: _Fit | _Norm, skip: int | None, merged: int, live: Live
+    ) -> _Override:
+        """Return what shows a stop its node; in the merged network the input stands for the output."""
+        node = self.program.nodes[place]
+
+        def override(at: fx.Node, number: int, args: tuple[Any, ...]) -> Any:
+            if at is not node:
+                return None
+            value: torch.Tensor = at.target(*args)
+            known = ChainMap(live.own[number], live.shared)
+            added = None if skip is None else known[self.program.nodes[skip]]
+            stop.see(self.sides[number], args[stop.place], value, added)
+            return args[stop.place] if self.sides[number] == merged else value
+
+        return override
 
 
 def _applied(node: fx.Node, place: int, x: torch.Tensor, capture: Capture, state: State) -> Any:
@@ -282,13 +312,13 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 def fitted_layers(
     capture: Capture,
     merged: State,
-    parents: Sequence[State],
+    parents: Sequence[Source],
     weights: Sequence[float],
     batches: Batches,
     progress: Progress = silent,
     memory: int = MEMORY,
 ) -> dict[str, torch.Tensor]:
-    """Return weights and biases by which layers give what the aligned parents' layers give on average.
+    """Return weights and biases by which layers give what the parents' layers give on average.
 
     Batch normalisations between them get the statistics that :mod:`fxfusion.repair` gives them. Layers whose
     weight or bias is used elsewhere, too, convolutions over volumes, and what gets samples that the network
@@ -299,10 +329,11 @@ def fitted_layers(
     capture : Capture
     merged : mapping of str to torch.Tensor
         The fused weights.
-    parents : sequence of mapping
-        The parents' weights in the target's basis.
+    parents : sequence of Source
+        In the target's basis, or with what carries their layers' outputs into it. Graphs of other widths
+        correspond to the target's node by node.
     weights : sequence of float
-        Their shares.
+        Their shares. Parents without one are not run.
     batches : Batches
         Calibration data. All of it waits between two layers, in memory as far as it goes.
     progress : callable, optional
@@ -314,35 +345,51 @@ def fitted_layers(
     dict of str to torch.Tensor
         By name of the parameter or buffer; empty for a network without layers.
     """
-    program = Program(capture)
-    layers, norms = _layers(capture, program), batch_norms(capture)
-    nodes, last = program.nodes, len(parents)
+    taking = [number for number, share in enumerate(weights) if share != 0]
+    sources, shares = [parents[number] for number in taking], [weights[number] for number in taking]
+    state = dict(merged)
+    networks = [*sources, Source(capture, state)]
+    groups = [
+        _Group(Program(networks[sides[0]].capture), sides, [networks[side].state for side in sides])
+        for sides in by_capture([network.capture for network in networks])
+    ]  # the merged network comes last
+    program = groups[-1].program
+    nodes, order = program.nodes, {node: place for place, node in enumerate(program.nodes)}
+    norms = batch_norms(capture)
+    layers = {
+        name: fitted
+        for name, fitted in _layers(capture, program).items()
+        if all(source.outputs is None or name in source.outputs for source in sources)
+    }
     places = [place for place, node in enumerate(nodes) if node.name in layers or node.name in norms]
     changed: dict[str, torch.Tensor] = {}
-    state = dict(merged)
-    states: list[State] = [*parents, state]
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         shelf = Shelf(Path(folder), memory)
         count = 0
         for args, kwargs in batches:
-            shelf.put(count, [program.start(args, kwargs, len(states))])
+            shelf.put(count, [group.program.start(args, kwargs, len(group.sides)) for group in groups])
             count += 1
         begun, before = 0, None
         for number, place in enumerate(places, start=1):
-            node = nodes[place]
+            node, skip = nodes[place], None
             stop: _Fit | _Norm
             if node.name in layers:
-                stop = _Fit(layers[node.name], state, weights)
+                stop = _Fit(layers[node.name], state, sources, shares)
+                added = layers[node.name].skip
+                skip = None if added is None else order[added]
             else:
-                stop = _Norm(norms[node.name], state, weights)
+                stop = _Norm(norms[node.name], state, sources, shares)
             for batch in range(count):
-                (live,) = shelf.take(batch)
-                own = live.own[last]
+                lives = shelf.take(batch)
+                own = lives[-1].own[-1]
                 if before is not None and before[0] in own:  # its input waits there for it to be fitted
                     own[before[0]] = _applied(*before, own[before[0]], capture, state)
-                for _ in program.advance(live, nodes[begun : place + 1], states, _watching(node, stop, live)):
-                    pass
-                shelf.put(batch, [live])
+                for group, live in zip(groups, lives, strict=True):
+                    watch = group.watching(place, stop, skip, len(sources), live)
+                    part = group.program.nodes[begun : place + 1]
+                    for _ in group.program.advance(live, part, group.states, watch):
+                        pass
+                shelf.put(batch, lives)
             found = stop.solve()
             state.update(found)
             changed |= found

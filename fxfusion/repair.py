@@ -69,11 +69,14 @@ class Source:
         Its weights: in the target's basis, or its own if its widths differ.
     carry : callable ``(buffer, values) -> values``, optional
         Carries one number per channel into the target's basis; not needed for weights that are in it.
+    outputs : mapping of str to callable ``output -> output``, optional
+        By name of a layer's node: carries what the layer gives, likewise. Layers that are not in it stay.
     """
 
     capture: Capture
     state: Mapping[str, torch.Tensor]
     carry: Callable[[str, torch.Tensor], torch.Tensor] | None = None
+    outputs: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] | None = None
 
 
 def corrected_statistics(
@@ -113,7 +116,10 @@ def corrected_statistics(
     seen = {(name, side): Channels() for name in norms for side in range(len(sources))}
 
     def corrections(name: str, args: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        sides = [_carried(seen[name, side], source.carry, norms[name]) for side, source in enumerate(sources)]
+        sides = [
+            carried_moments(seen[name, side], source.carry, norms[name])
+            for side, source in enumerate(sources)
+        ]
         return corrected(sides[-1], sides[:-1], weights, *args)
 
     def measuring(sides: Sequence[int]) -> Callable[[fx.Node, int, tuple[Any, ...]], Any]:
@@ -197,12 +203,12 @@ def measured_norms(
     ]
 
 
-def _carried(
+def carried_moments(
     moments: Channels,
     carry: Callable[[str, torch.Tensor], torch.Tensor] | None,
     names: Sequence[str],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean and variance per channel of the target.
+    """Return mean and variance per channel of the target, given what carries a buffer's values.
 
     The variance of an average of channels is taken as the average of theirs, as where they are equal.
     """

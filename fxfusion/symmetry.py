@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
 from fxfusion.capture import Capture
-from fxfusion.layout import Block
+from fxfusion.layout import Block, ParameterLayout
 from fxfusion.plan import Plan, Role, Scaling, Space, Symmetry
 from fxfusion.transport.map import (
     HardMap,
@@ -180,6 +180,44 @@ def act(plan: Plan, maps: Maps, state: Mapping[str, torch.Tensor]) -> dict[str, 
             contrary.get(name, ()),
         )
     return moved
+
+
+def output_carrier(
+    plan: Plan, maps: Maps, node: str, weight: str
+) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """Return what carries the output of a layer into the target's basis, as :func:`act` carries the layer.
+
+    Parameters
+    ----------
+    plan : Plan
+    maps : mapping of str to HardMap or SoftMap
+    node : str
+        Name of the layer's node.
+    weight : str
+        Name of its weight.
+
+    Returns
+    -------
+    callable or None
+        None where a part of the output belongs to no space.
+    """
+    into, given = plan.activations.get(node), plan.source.activations.get(node)
+    if into is None or given is None:
+        return (lambda output: output) if into is given else None
+    sizes = given[0].sizes
+    if sum(block.bind(sizes).volume for block in given) != math.prod(sizes):
+        return None
+
+    def carry(output: torch.Tensor) -> torch.Tensor:
+        ratios = zip(output.shape, into[0].sizes, sizes, into[0].axes, strict=True)
+        shape = [actual if axis is None else actual * wanted // had for actual, wanted, had, axis in ratios]
+        before = ParameterLayout(
+            weight, tuple(output.shape), tuple(item.bind(output.shape) for item in given)
+        )
+        after = ParameterLayout(weight, tuple(shape), tuple(item.bind(shape) for item in into))
+        return transport_tensor(output, before, maps, into=after, gains=plan.gains)
+
+    return carry
 
 
 def _place_dimension(block: Block, space: str, axis: int, offset: int) -> int | None:

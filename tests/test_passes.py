@@ -8,6 +8,7 @@ import dataclasses
 import pathlib
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ import fxfusion
 from fxfusion.calibration import Batches
 from fxfusion.errors import OutputSelectionError, PassOrderError
 from fxfusion.passes.align import Align
+from fxfusion.passes.align_flow import AlignFlow
 from fxfusion.passes.apply_transports import ApplyTransports
 from fxfusion.passes.base import FusionPass
 from fxfusion.passes.merge import Merge
@@ -180,6 +182,33 @@ def test_repair_without_batch_normalisation_changes_nothing() -> None:
     batches = Batches(state_of(module).capture, [zoo.inputs("glu", 8)[0]])
     PassManager([Normalize(), Propagate(), Pair(parents), Align(), ApplyTransports(), Merge()])(module)
     assert not Repair(batches)(module).modified
+
+
+@pytest.mark.parametrize(
+    ("align", "fitted"),
+    [
+        (lambda batches: Align(batches), True),
+        (lambda batches: Align(batches, Coupling(share=0.8)), False),
+        (lambda batches: AlignFlow(batches=batches), False),
+    ],
+    ids=["one basis", "partial", "flow"],
+)
+def test_layers_are_fitted_to_a_wide_parents_own_where_one_basis_carries_them(
+    align: Callable[[Batches], FusionPass], fitted: bool
+) -> None:
+    """Else the carried parent is what they are fitted to: of that alone nothing is missing."""
+    torch.manual_seed(0)
+    narrow, wide = (
+        torch.nn.Sequential(torch.nn.Linear(4, width), torch.nn.ReLU(), torch.nn.Linear(width, 3)).eval()
+        for width in (6, 12)
+    )
+    module, other = (fxfusion.prepare(model, (torch.randn(2, 4),)) for model in (narrow, wide))
+    Propagate()(other)
+    batches = Batches(state_of(module).capture, [torch.randn(50, 4)])
+    pair = Pair([dict(narrow.state_dict()), dict(wide.state_dict())], target=0, others={1: other})
+    for item in (Propagate(), pair, align(batches), ApplyTransports(), Merge([0.0, 1.0])):
+        item(module)
+    assert Repair(batches, layers=True)(module).modified == fitted
 
 
 def test_ensures_sees_the_result() -> None:

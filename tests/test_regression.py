@@ -18,6 +18,7 @@ from fxfusion import regression
 from fxfusion.calibration import Batches
 from fxfusion.errors import CalibrationRequiredError
 from fxfusion.execution import Program
+from fxfusion.repair import Source
 from fxfusion.state import state_of
 from tests import zoo
 
@@ -30,9 +31,8 @@ def fitted(
     """Return what is fitted of a network to parents that are taken to be aligned."""
     capture = state_of(fxfusion.prepare(merged, (data[0],))).capture
     states = [dict(model.state_dict()) for model in (*parents, merged)]
-    return regression.fitted_layers(
-        capture, states[-1], states[:-1], SHARES, Batches(capture, data), **options
-    )
+    sources = [Source(capture, state) for state in states[:-1]]
+    return regression.fitted_layers(capture, states[-1], sources, SHARES, Batches(capture, data), **options)
 
 
 def three(make: Any) -> list[Any]:
@@ -141,7 +141,7 @@ def test_equal_parents_stay_as_they_are() -> None:
         capture = state_of(fxfusion.prepare(model, args, kwargs)).capture
         state = capture.canonical(dict(model.state_dict()))
         batches = Batches(capture, [kwargs or args])
-        found = regression.fitted_layers(capture, state, [state, state], SHARES, batches)
+        found = regression.fitted_layers(capture, state, [Source(capture, state)] * 2, SHARES, batches)
         for key, tensor in found.items():
             assert torch.equal(tensor, state[key]), key
 

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 import fxfusion
+from fxfusion import regression
 from fxfusion.errors import ArchitectureMismatchError, WidthMismatchError
 from fxfusion.pairing import pair
 from fxfusion.state import state_of
@@ -293,6 +294,73 @@ def test_statistics_are_the_targets_where_parents_differ_in_width() -> None:
     fused = fxfusion.fuse([target, other], kwargs=kwargs, calibration=[kwargs], weights=[1, 0], target=0)
     for key, tensor in target.state_dict().items():
         torch.testing.assert_close(fused.state_dict()[key], tensor, rtol=1e-3, atol=1e-4)
+
+
+# -- layers fitted -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_fitted_layers_of_a_wide_network_keep_a_narrow_parents_function(name: str) -> None:
+    """Nothing is missing there: whatever is fitted is an output carried to the wrong place or scale."""
+    narrow, wide = make(name, (8, 2, 12), 0), make(name, (16, 2, 18), 1)
+    kwargs, expected = MODELS[name][1], output(narrow, MODELS[name][1])
+    fused = fxfusion.fuse(
+        [narrow, wide],
+        kwargs=kwargs,
+        calibration=[kwargs],
+        weights=[1, 0],
+        method="permutation",
+        repair="layers",
+    )
+    wide.load_state_dict(fused.state_dict())
+    assert (output(wide, kwargs) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_a_narrowed_layer_solves_the_wide_parents_regression(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(regression, "RIDGE", 1e-12)
+    torch.manual_seed(0)
+    wide, narrow = (
+        nn.Sequential(nn.Linear(5, width), nn.ReLU(), nn.Linear(width, 3)).double().eval()
+        for width in (16, 6)
+    )
+    x = torch.randn(200, 5, dtype=torch.float64)
+    carried, fitted = (
+        fxfusion.fuse(
+            [wide, narrow], (x[:4],), calibration=[(x,)], weights=[1, 0], method="permutation", repair=repair
+        )
+        for repair in ("none", "layers")
+    )
+    # Of groups of units the average is read: that can be had exactly.
+    torch.testing.assert_close(fitted.state_dict()["0.weight"], carried.state_dict()["0.weight"])
+    with torch.no_grad():
+        narrow.load_state_dict(carried.state_dict())
+        hidden = torch.cat([narrow[:2](x), torch.ones(200, 1, dtype=torch.float64)], 1)
+        expected = torch.linalg.lstsq(hidden, wide(x)).solution
+        missing = (narrow(x) - wide(x)).square().mean()
+        narrow.load_state_dict(fitted.state_dict())
+        left = (narrow(x) - wide(x)).square().mean()
+    torch.testing.assert_close(narrow[2].weight.data, expected[:-1].T, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(narrow[2].bias.data, expected[-1], rtol=1e-6, atol=1e-8)
+    assert left < 0.5 * missing
+
+
+@pytest.mark.parametrize("name", ["convolutions", "packed attention", "vit"])
+def test_fitted_layers_make_up_for_merged_units(name: str) -> None:
+    wide, narrow = make(name, (16, 2, 24), 0), make(name, (8, 2, 12), 1)
+    kwargs = MODELS[name][1]
+    expected, errors = output(wide, kwargs), []
+    for repair in ("norms", "layers"):
+        fused = fxfusion.fuse(
+            [wide, narrow],
+            kwargs=kwargs,
+            calibration=[kwargs],
+            weights=[1, 0],
+            method="permutation",
+            repair=repair,
+        )
+        narrow.load_state_dict(fused.state_dict())
+        errors.append(float((output(narrow, kwargs) - expected).square().mean()))
+    assert errors[1] < 0.5 * errors[0]
 
 
 # -- what cannot be paired ---------------------------------------------------------------------------
