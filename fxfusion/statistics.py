@@ -78,13 +78,18 @@ class CrossMoments:
         batch = copy.copy(self)
         batch.count = target.shape[-1]
         mean_target, mean_source = target.mean(-1), source.mean(-1)
-        target, source = target - mean_target.unsqueeze(-1), source - mean_source.unsqueeze(-1)
         batch.mean_target, batch.mean_source = mean_target.double(), mean_source.double()
-        batch.square_target = target.square().sum(-1).double()
-        batch.square_source = source.square().sum(-1).double()
-        _add_products(self.cross, target, source)
-        if self.own is not None:
-            _add_products(self.own, target, target)
+        batch.square_target = torch.zeros_like(self.square_target)
+        batch.square_source = torch.zeros_like(self.square_source)
+        for start in range(0, batch.count, max(_SAMPLES, target.shape[1])):
+            part = slice(start, start + max(_SAMPLES, target.shape[1]))
+            left = target[..., part] - mean_target.unsqueeze(-1)
+            right = source[..., part] - mean_source.unsqueeze(-1)
+            batch.square_target += left.square().sum(-1)
+            batch.square_source += right.square().sum(-1)
+            _add_products(self.cross, left, right)
+            if self.own is not None:
+                _add_products(self.own, left, left)
         self._combine(batch)
 
     def sent(self, processes: Processes, last: int) -> Iterator[CrossMoments]:
@@ -154,6 +159,9 @@ class Observation:
         Dimensions with the units of the outer spaces.
     after : Observation, optional
         An earlier node's units of the same space, which come first: those of both are one set.
+    others: tuple[int, ...]
+        Dimensions with units of other free spaces: as samples these would not be the same in two networks,
+        so that they are averaged.
     """
 
     node: str
@@ -161,6 +169,26 @@ class Observation:
     dimension: int
     scope: tuple[int, ...]
     after: Observation | None = None
+    others: tuple[int, ...] = ()
+
+    @classmethod
+    def all_of(
+        cls, node: str, block: ActivationBlock, scopes: Mapping[str, Sequence[str]]
+    ) -> Iterator[tuple[str, Observation]]:
+        """Yield what a block shows of free spaces below which it holds no other, by their names.
+
+        Parameters
+        ----------
+        node : str
+        block : ActivationBlock
+        scopes : mapping of str to sequence of str
+            Outer spaces of every free space.
+        """
+        bound = block.bind(block.sizes)
+        free = {dimension for dimension, factor in enumerate(bound.factors) if factor.space in scopes}
+        for name, dimension, scope in innermost(bound, scopes):
+            others = tuple(sorted(free - {dimension, *scope}))
+            yield name, cls(node, block, dimension, tuple(scope), None, others)
 
     def of(self, plan: Plan, other: Plan) -> Observation:
         """Return the same place in a network of other widths."""
@@ -172,6 +200,7 @@ class Observation:
 
 
 LEAST_SAMPLES = 2  # below, units have no correlation
+_SAMPLES = 1024  # centred at once: they stay in the cache, and need no pages of their own
 _PRODUCTS = 2**22  # numbers that are multiplied before they are added
 
 # Operators after which units are observed. Views and element-wise scalings in between carry nothing new.
@@ -234,8 +263,8 @@ def observations(plan: Plan, graph: fx.Graph) -> dict[str, list[Observation]]:
     for node in graph.nodes:
         if node.name in plan.activations and _is_observed(node, plan):
             for block in plan.activations[node.name]:
-                for name, dimension, scope in innermost(block.bind(block.sizes), scopes):
-                    found[name].append(Observation(node.name, block, dimension, tuple(scope)))
+                for name, observation in Observation.all_of(node.name, block, scopes):
+                    found[name].append(observation)
     return found
 
 
@@ -662,9 +691,11 @@ def _samples(
     block = observation.block.bind(value.shape)
     view = block.view(value)
     leading = [*observation.scope, observation.dimension]
-    rest = [axis for axis in range(view.ndim) if axis not in leading]
+    rest = [axis for axis in range(view.ndim) if axis not in (*leading, *observation.others)]
     lead = len(leading)
-    view = view.permute(*leading, *rest)
+    view = view.permute(*leading, *rest, *observation.others)
+    if observation.others:
+        view = view.mean(tuple(range(-len(observation.others), 0)))
     if chosen.positions is not Positions.ALL and rest and rest[0] == 0 and observation.block.axes[0] is None:
         kept = _positions(view.shape[lead + 1 :], chosen)
         if kept is not None:

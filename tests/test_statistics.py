@@ -13,6 +13,8 @@ from fxfusion.capture import capture
 from fxfusion.pairing import Parent
 from fxfusion.planning import make_plan
 from fxfusion.statistics import CrossMoments, collect, observations
+from fxfusion.symmetry import act
+from fxfusion.transport.map import HardMap
 
 FAST = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
@@ -119,6 +121,41 @@ class Packed(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down(torch.relu(self.up(x)))
+
+
+@pytest.mark.parametrize("samples", [1023, 1024, 2500])
+def test_many_samples_are_added_in_parts(samples: int) -> None:
+    left, right = data(3, samples, 0, mean=5.0), data(2, samples, 1, mean=-3.0)
+    agree(streamed(left, right, [samples]), left, right, 1e-10)
+
+
+class Outer(nn.Module):
+    """Two sets of hidden units in one activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.gate, self.down = nn.Linear(4, 6), nn.Linear(4, 3), nn.Linear(18, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.relu(self.up(x)[:, :, None] * self.gate(x)[:, None, :]).flatten(1))
+
+
+def test_units_of_another_space_are_no_samples() -> None:
+    """In another order they would be others: what a unit does is averaged over them."""
+    torch.manual_seed(0)
+    model, x = Outer(), torch.randn(12, 4)
+    captured = capture(model, (x[:4],))
+    plan = make_plan(captured, frozenset([0]))
+    up, gate = (next(s.name for s in plan.spaces if s.name.startswith(name)) for name in ("up", "gate"))
+    state = {name: tensor.detach() for name, tensor in model.named_parameters()}
+    turned = act(plan, {gate: HardMap((), torch.tensor([2, 0, 1]))}, state)
+    moments = collect([Parent(captured, plan, item) for item in (state, turned)], 0, [((x,), {})])
+    places = observations(plan, captured.module.graph)
+    (number,) = (n for n, place in enumerate(places[up]) if "relu" in place.node)
+    with torch.no_grad():
+        outer = model.up(x)[:, :, None] * model.gate(x)[:, None, :]
+    expected = outer.relu().mean(2).T[None]
+    agree(moments[1][up][number], expected, expected, 1e-5)
 
 
 def test_collected_moments_are_those_of_the_activations() -> None:

@@ -182,8 +182,10 @@ class Streams:
         """Yield streams and spaces wherever they can be observed, in the order of the network."""
         for node in graph.nodes:
             for block in plan.activations.get(node.name, ()):
-                for stream, space, dimension, scope in self.in_block(block.bind(block.sizes)):
-                    yield stream, space, Observation(node.name, block, dimension, tuple(scope))
+                for space, observation in Observation.all_of(node.name, block, self.scopes):
+                    stream = self.of(space)
+                    if stream is not None:
+                        yield stream, space, observation
 
 
 def carry(capture: Capture, plan: Plan, options: Flow) -> Carried:
