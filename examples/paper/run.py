@@ -309,6 +309,9 @@ def _unequal(
                 "random restart": fresh,
                 "other parent cut to size": cut(parent, fresh),
                 "other parent carried over": fuse(study.task, [parent, target], target, weights=[1, 0]),
+                "other parent carried over, layers fitted": fuse(
+                    study.task, [parent, target], target, weights=[1, 0], repair="layers"
+                ),
                 "target parent": target,
                 "fused, hard": fuse(study.task, [parent, target], target),
                 "fused, soft": fuse(study.task, [parent, target], target, coupling="soft"),
