@@ -350,11 +350,11 @@ def fuse(
         dimensions of heads take any invertible map, units before a ReLU a positive factor. By default the
         largest where hard couplings are solved from activations, permutations elsewhere.
     repair : {"norms", "units", "layers", "none"}
-        What calibration data correct after averaging: statistics of batch normalisations; or also, of
-        layers with a bias, mean and deviation of every unit; or layers as a whole, fitted one after the
-        other to what the aligned parents' layers give on average (least squares); or nothing. By default
-        units where neither symmetry nor repair nor method is given and hard couplings are solved from
-        activations.
+        What calibration data correct after averaging: statistics of batch normalisations; or also, of layers
+        with a bias, mean and deviation of every unit; or layers as a whole, fitted one after the other to
+        what the aligned parents' layers give on average (least squares), a parent of other widths being
+        carried over and fitted to its own layers first; or nothing. By default units where neither symmetry
+        nor repair nor method is given and hard couplings are solved from activations.
     refine : Refinement or int, optional
         Learn further transports, within the symmetry, by which the average says what the parents say on
         unlabelled calibration data: so many steps of gradient descent, a batch each. The better, the more
