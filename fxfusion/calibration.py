@@ -70,6 +70,13 @@ class Batches:
             total += _batch_size(self._bind(item))
         return self
 
+    def halves(self) -> tuple[Batches, Batches] | None:
+        """Return every other batch, and the others; None if there is but one."""
+        items = list(self.source)
+        if len(items) < 2:
+            return None
+        return Batches(self.capture, items[::2]), Batches(self.capture, items[1::2])
+
     def fingerprint(self) -> str:
         """Return what tells these data from others: a hash of all their tensors, in order."""
         found = hashlib.sha256()

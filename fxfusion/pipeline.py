@@ -622,9 +622,10 @@ def _fuse_depths(
 
 def _fuse(job: _Job) -> FusionResult:
     """Fuse paired parents, in the way asked for or by the best of several."""
-    choices = _choices(job)
+    choices, judged = _choices(job)
     if len(choices) > 1:
-        state = _best(job, choices)
+        assert judged is not None
+        state = _best(job, choices, judged)
     else:
         state = _merged(job, _aligned(job, job.settings), job.shares)
     settings = job.settings.by(state.method)
@@ -817,30 +818,37 @@ def _merged(job: _Job, aligned: FusionState, shares: Sequence[float]) -> FusionS
     return state
 
 
-def _choices(job: _Job) -> list[tuple[_Job, Method]]:
-    """Return the ways to fuse that are to be compared: one, unless several are asked for.
+def _choices(job: _Job) -> tuple[list[tuple[_Job, Method]], Batches | None]:
+    """Return the ways to fuse that are to be compared, and the data: one way, unless several are asked for.
 
     Units of other widths are grouped either way. Where nobody asked for a method, it is left to the data
-    whether parents are then fused as equals: carried into a narrow network, some lose too much.
+    whether parents are then fused as equals: carried into a narrow network, some lose too much. Fitting
+    layers makes up for that, if there are enough data: where there are two batches, it is judged by others
+    than it is given.
     """
     settings = job.settings
+    few = None if job.batches is None else job.batches.first(SOLVED_SAMPLES)
     if settings.auto:
         equals = _as_equals(job, settings.by(Method("largest")))
         plain = [] if job.equal else [(job, Method("permutation"))]
-        return [*plain, *((equals, method) for method in candidates(settings.refinement))]
+        return [*plain, *((equals, method) for method in candidates(settings.refinement))], few
     if settings.fallback in (None, settings.method) or job.equal or settings.refinement is not None:
-        return [(job, settings.method)]
+        return [(job, settings.method)], few
     assert settings.fallback is not None
     methods = settings.fallback, settings.method
-    return [(_as_equals(job, settings.by(method)), method) for method in methods]
+    found = [(_as_equals(job, settings.by(method)), method) for method in methods]
+    parts = None if few is None else few.halves()
+    if parts is None or (settings.fallback.repair, settings.repair) != ("norms", "units"):  # asked for
+        return found, few
+    fitted = Method(settings.symmetry, "layers")
+    way = _as_equals(dataclasses.replace(job, batches=parts[0]), settings.by(fitted))
+    return [*found, (way, fitted)], parts[1]
 
 
-def _best(job: _Job, choices: Sequence[tuple[_Job, Method]]) -> FusionState:
+def _best(job: _Job, choices: Sequence[tuple[_Job, Method]], judged: Batches) -> FusionState:
     """Return the fusion whose outputs are closest to the parents' average on calibration data."""
-    assert job.batches is not None
     paired = job.paired
-    few = job.batches.first(SOLVED_SAMPLES)
-    lessons = Lessons(paired.capture, paired.taught_by, paired.outputs, job.shares, few)
+    lessons = Lessons(paired.capture, paired.taught_by, paired.outputs, job.shares, judged)
     program = Program(paired.capture)
     based: dict[tuple[int, str], FusionState] = {}
     refined: dict[tuple[int, str, bool], FusionState] = {}
@@ -870,6 +878,10 @@ def _best(job: _Job, choices: Sequence[tuple[_Job, Method]]) -> FusionState:
         found.append((distance, f"{method}{equals}"))
     if best is None:
         raise next(iter(refused.values()))
+    if best.method.repair == "layers":  # fitted to a part of the data so far
+        settings = job.settings.by(best.method)
+        way = _as_equals(job, settings)
+        best = _merged(way, _refined(way, _based(way, settings), settings), job.shares)
     state = job.begin(best)
     write(job.module, state.merged, state.capture.aliases)
     chosen = next(item for item in found if item[0] == least)

@@ -550,6 +550,45 @@ def test_the_default_is_what_the_data_say_for_other_widths(
     assert f"{sizes[0]} to {sizes[1]}" in told
 
 
+@pytest.mark.parametrize("sizes", [(24, 8), (8, 24)])
+def test_the_default_for_other_widths_fits_layers_where_data_that_it_has_not_seen_say_so(
+    sizes: tuple[int, int],
+) -> None:
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(4, size), nn.ReLU(), nn.Linear(size, 3)) for size in sizes]
+    x = torch.randn(256, 4)
+    given: dict[str, Any] = {"models": models, "args": (x[:2],), "calibration": list(x.split(64))}
+    result = fxfusion.fuse(**given)
+    told = result.report.notes[-1].partition("data: ")[2].split("; ")
+    assert sorted(item.rsplit(": ", 1)[0] for item in told) == [
+        "orthogonal, layers fitted, as equals",
+        "orthogonal, units repaired, as equals",
+        "permutation",
+    ]
+    assert told[0].startswith("orthogonal, layers fitted")
+    fitted = fxfusion.fuse(**given, symmetry="largest", repair="layers")
+    for name, tensor in fitted.state_dict().items():
+        assert torch.equal(result.state_dict()[name], tensor)
+    half = fxfusion.fuse(
+        **{**given, "calibration": list(x.split(64))[::2]}, symmetry="largest", repair="layers"
+    )
+    unseen = torch.cat(x.split(64)[1::2])
+    expected = sum(model(unseen).softmax(-1) for model in models) / 2
+    with torch.no_grad():
+        found = half.module(unseen).log_softmax(-1)
+        distance = float((expected * (expected.log() - found)).sum(-1).mean())
+    assert f"{distance:.4g}" == told[0].rsplit(": ", 1)[1]
+
+
+@pytest.mark.parametrize("options", [{"repair": "units"}, {"repair": "norms"}, {"symmetry": "largest"}])
+def test_who_asks_for_another_repair_gets_no_fitted_layers(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(4, size), nn.ReLU(), nn.Linear(size, 3)) for size in (24, 8)]
+    x = torch.randn(256, 4)
+    result = fxfusion.fuse(models, (x[:2],), calibration=list(x.split(64)), **options)
+    assert "layers fitted" not in " ".join(result.report.notes)
+
+
 @pytest.mark.parametrize("sizes", [(12, 8), (8, 12)])
 def test_transports_of_parents_of_other_widths_are_learned_from_the_parents(sizes: tuple[int, int]) -> None:
     torch.manual_seed(0)
