@@ -736,11 +736,13 @@ def _as_equals(job: _Job, settings: Settings) -> _Job:
     """Carry parents of other widths into the target's, and go on as if they had been trained at those.
 
     Transports of larger groups are square, and units are repaired one by one: only what goes without both
-    fuses parents of other widths as they are. What is learned is learned from the parents as they came.
+    fuses parents of other widths as they are. What is learned is learned from the parents as they came, and
+    begins, as fitted layers do, where a carried parent's layers give what its own gave.
     """
     if job.equal or (settings.symmetry != "largest" and settings.repair not in ("units", "layers")):
         return job
-    carrying = Method("permutation", "layers" if settings.repair == "layers" else "norms")
+    fitting = settings.repair == "layers" or settings.refinement is not None
+    carrying = Method("permutation", "layers" if fitting else "norms")
     based = _based(job, settings.by(carrying))
     parents = []
     for index, parent in enumerate(job.paired.parents):
