@@ -71,11 +71,12 @@ class Batches:
         return self
 
     def halves(self) -> tuple[Batches, Batches] | None:
-        """Return every other batch, and the others; None if there is but one."""
+        """Return every other batch, and the others; None if there are too few for both."""
         items = list(self.source)
         if len(items) < 2:
             return None
-        return Batches(self.capture, items[::2]), Batches(self.capture, items[1::2])
+        halves = Batches(self.capture, items[::2]), Batches(self.capture, items[1::2])
+        return halves if all(next(iter(half), None) is not None for half in halves) else None
 
     def fingerprint(self) -> str:
         """Return what tells these data from others: a hash of all their tensors, in order."""

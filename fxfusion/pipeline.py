@@ -354,7 +354,8 @@ def fuse(
         with a bias, mean and deviation of every unit; or layers as a whole, fitted one after the other to
         what the aligned parents' layers give on average (least squares), a parent of other widths being
         carried over and fitted to its own layers first; or nothing. By default units where neither symmetry
-        nor repair nor method is given and hard couplings are solved from activations.
+        nor repair nor method is given and hard couplings are solved from activations. Where widths differ,
+        fitted layers are then compared with that on batches that they were not fitted to.
     refine : Refinement or int, optional
         Learn further transports, within the symmetry, by which the average says what the parents say on
         unlabelled calibration data: so many steps of gradient descent, a batch each. The better, the more

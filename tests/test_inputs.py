@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fxfusion import inputs
+from fxfusion.calibration import Batches
+from fxfusion.capture import capture
 from fxfusion.errors import CalibrationMismatchError, InputError
 
 
@@ -354,3 +357,19 @@ class TestCalibration:
             np.save(file, np.zeros(3))
         with pytest.raises(CalibrationMismatchError, match=r"not an \.npz"):
             inputs.load_calibration(tmp_path / "a.npz", TwoInputs())
+
+
+def test_halves_hold_every_other_batch() -> None:
+    known = capture(nn.Linear(3, 2), (torch.ones(2, 3),))
+    batches = [torch.full((4, 3), float(number)) for number in range(5)]
+    halves = Batches(known, batches).halves()
+    assert halves is not None
+    even, odd = ([float(args[0][0, 0]) for args, _ in half] for half in halves)
+    assert (even, odd) == ([0, 2, 4], [1, 3])
+    assert Batches(known, batches[:1]).halves() is None
+
+
+def test_there_are_no_halves_of_less_than_two_batches_of_a_fixed_size() -> None:
+    known = dataclasses.replace(capture(nn.Linear(3, 2), (torch.ones(8, 3),)), dynamic=False)
+    assert Batches(known, [torch.ones(4, 3)] * 3).halves() is None
+    assert Batches(known, [torch.ones(4, 3)] * 4).halves() is not None
