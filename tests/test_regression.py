@@ -250,7 +250,9 @@ def test_what_has_another_use_stays() -> None:
 # -- as an option of fuse -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["hf_vit", "bert", "resnet26"])
+@pytest.mark.parametrize(
+    "name", ["hf_vit", "bert", "mobilenetv3_small_050", pytest.param("resnet26", marks=pytest.mark.nightly)]
+)
 def test_the_average_comes_closer_to_its_parents(name: str) -> None:
     models = [zoo.build(name, seed) for seed in range(2)]
     args, kwargs = zoo.inputs(name, 2)
