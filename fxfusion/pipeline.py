@@ -830,17 +830,18 @@ def _choices(job: _Job) -> tuple[list[tuple[_Job, Method]], Batches | None]:
     than it is given.
     """
     settings = job.settings
-    few = None if job.batches is None else job.batches.first(SOLVED_SAMPLES)
+    single = settings.fallback in (None, settings.method) or job.equal or settings.refinement is not None
+    if job.batches is None or (single and not settings.auto):
+        return [(job, settings.method)], job.batches
+    few = job.batches.first(SOLVED_SAMPLES)
     if settings.auto:
         equals = _as_equals(job, settings.by(Method("largest")))
         plain = [] if job.equal else [(job, Method("permutation"))]
         return [*plain, *((equals, method) for method in candidates(settings.refinement))], few
-    if settings.fallback in (None, settings.method) or job.equal or settings.refinement is not None:
-        return [(job, settings.method)], few
     assert settings.fallback is not None
     methods = settings.fallback, settings.method
     found = [(_as_equals(job, settings.by(method)), method) for method in methods]
-    parts = None if few is None else few.halves()
+    parts = few.halves()
     if parts is None or (settings.fallback.repair, settings.repair) != ("norms", "units"):  # asked for
         return found, few
     fitted = Method(settings.symmetry, "layers")
@@ -857,6 +858,7 @@ def _best(job: _Job, choices: Sequence[tuple[_Job, Method]], judged: Batches) ->
     refined: dict[tuple[int, str, bool], FusionState] = {}
     refused: dict[tuple[int, str], CertificationError] = {}
     best: FusionState | None = None
+    taken = job
     least = math.inf
     found: list[tuple[float, str]] = []
     for way, method in choices:
@@ -876,12 +878,12 @@ def _best(job: _Job, choices: Sequence[tuple[_Job, Method]], judged: Batches) ->
         state = _merged(way, dataclasses.replace(refined[key], method=method), job.shares)
         distance = lessons.judge(_runner(program, state.merged))
         if distance < least - TIE:
-            best, least = state, distance
+            best, taken, least = state, way, distance
         equals = "" if way is job or job.equal else ", as equals"
         found.append((distance, f"{method}{equals}"))
     if best is None:
         raise next(iter(refused.values()))
-    if best.method.repair == "layers":  # fitted to a part of the data so far
+    if taken.batches is not job.batches:  # layers are fitted to a part of the data so far
         settings = job.settings.by(best.method)
         way = _as_equals(job, settings)
         best = _merged(way, _refined(way, _based(way, settings), settings), job.shares)
